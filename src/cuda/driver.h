@@ -1,0 +1,68 @@
+// driver.h — libcuda and libnvrtc, opened at run time; the few types and calls that tconv uses, declared by hand so that
+// building needs no CUDA toolkit.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernel.h"
+
+namespace tconv::cuda {
+
+// A compiled device function, loaded into the primary context of one device.
+struct Function {
+  void* handle = nullptr;  // CUfunction
+  int device = 0;
+  std::size_t shared_bytes = 0;  // dynamic shared memory that every launch uses
+  int threads = 0;
+};
+
+// What the compiler says of one unit.
+struct BuildReport {
+  int registers = 0;
+  std::size_t static_shared_bytes = 0;
+  std::size_t spill_bytes = 0;  // stores + loads; 0 is required in CI
+  std::size_t stack_bytes = 0;
+  double seconds = 0;
+  bool from_cache = false;
+};
+
+// Text of an embedded device source ("phase_gemm_sm80.cu", "epilogue.cuh"); throws when there is none of that name.
+std::string_view embedded_source(std::string_view name);
+
+// NVRTC to machine code, through the disk cache. Needs no GPU. `arch` is "sm_80", "sm_90a" ...
+std::string compile(const Unit& unit, std::string_view arch, BuildReport* report = nullptr);
+// The target for a device: 90 -> "sm_90a", otherwise "sm_<cc>".
+std::string arch_of(const Device& device);
+
+// Compiles (or finds) and loads; one shared instance per (unit, device) in the process.
+std::shared_ptr<const Function> load(const Unit& unit, const Device& device);
+
+struct Grid {
+  unsigned x = 1, y = 1, z = 1;
+};
+// Enqueues on the stream in the device's primary context. `args` point to the parameter values.
+void launch(const Function& function, Grid grid, Stream stream, void* const* args);
+// cuMemsetD8Async on the stream.
+void fill_zero(const Device& device, void* pointer, std::size_t bytes, Stream stream);
+
+// Step::state of CUDA kernels: the functions of units(step), in that order.
+struct Loaded {
+  std::vector<std::shared_ptr<const Function>> functions;
+};
+// Kernel::prepare for every CUDA kernel: loads units(step) into step.state.
+void prepare(Step& step);
+inline const Function& function(const Step& step, std::size_t index = 0) {
+  return *static_cast<const Loaded*>(step.state.get())->functions[index];
+}
+
+// `#define` lines that all kernels share: dtype, layout, channels per group, taps, stride, padding, dilation, and the
+// epilogue: a generated `__device__ T tconv_epilogue(T x, int channel, long long element, const Operands&)` for the
+// pointwise operations of step.epilogue.ops, and `tconv_pre(T x)` for pre. See epilogue.cuh.
+std::string layer_prelude(const Step& step);
+
+}  // namespace tconv::cuda

@@ -1,0 +1,38 @@
+// kernel.h — the interface that every kernel fills, and the lists of kernels.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "tconv/tconv.h"
+
+namespace tconv {
+
+// One device source to compile at run time (CUDA kernels only).
+struct Unit {
+  std::string source;   // name of the embedded .cu file: "phase_gemm_sm80.cu"
+  std::string entry;    // extern "C" __global__ function
+  std::string prelude;  // #define lines and generated functions put in front; the specialisation
+  int threads = 0;      // block size, for the launch-bounds report
+  std::size_t shared_bytes = 0;  // dynamic shared memory
+};
+
+struct Kernel {
+  std::string_view name;  // = file stem [+ target] = line in kernels.def = test id
+  std::span<const Config> configs;
+  // Pure: a price or a reason, for one config. Called for every direction and any valid problem.
+  Fit (*fit)(const Problem&, const Epilogue&, const Device&, const Config&);
+  // What has to be compiled for this step; depends on the layer, never on batch or spatial sizes. Null on the CPU.
+  std::vector<Unit> (*units)(const Step&);
+  // Compiles or prepares what launch needs and leaves it in Step::state; once per plan. May be null.
+  void (*prepare)(Step&);
+  // Takes no decision. `tensors.workspace` is the step's own; operands start at the step's first.
+  void (*launch)(const Step&, const Tensors&, Stream);
+};
+
+std::span<const Kernel* const> kernels(Backend backend);
+
+}  // namespace tconv
