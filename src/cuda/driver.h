@@ -31,8 +31,19 @@ struct BuildReport {
   bool from_cache = false;
 };
 
+// A folder to look in for libnvrtc before the system's: the wheels that PyTorch depends on keep it in nvidia/cu13/lib or
+// nvidia/cuda_nvrtc/lib. Has an effect until libnvrtc is first needed. The variable TCONV_NVRTC_PATH goes first.
+void add_search_path(std::string folder);
+// Empty when libnvrtc can be used, otherwise why not: what was looked for and what was found.
+std::string missing_compiler();
+
 // Text of an embedded device source ("phase_gemm_sm80.cu", "epilogue.cuh"); throws when there is none of that name.
 std::string_view embedded_source(std::string_view name);
+
+// The complete text that the compiler sees: the prelude, then the source, every #include "name" of an embedded file
+// replaced by its text where it first occurs. A source that contains TCONV_ENTRY_ is compiled once per entry, with
+// TCONV_ENTRY_<entry> defined; any other once for all its entries.
+std::string program_text(const Unit& unit);
 
 // NVRTC to machine code, through the disk cache. Needs no GPU. `arch` is "sm_80", "sm_90a" ...
 std::string compile(const Unit& unit, std::string_view arch, BuildReport* report = nullptr);
@@ -50,6 +61,30 @@ void launch(const Function& function, Grid grid, Stream stream, void* const* arg
 // cuMemsetD8Async on the stream.
 void fill_zero(const Device& device, void* pointer, std::size_t bytes, Stream stream);
 
+// Memory, copies and time for tools and tests; execute uses none of them. The copies wait for the whole device first.
+void* allocate(const Device& device, std::size_t bytes);
+void release(const Device& device, void* pointer) noexcept;
+void copy_to_device(const Device& device, void* to, const void* from, std::size_t bytes);
+void copy_to_host(const Device& device, void* to, const void* from, std::size_t bytes);
+void synchronize(const Device& device);
+
+// Time between two points of a stream, by events.
+class Stopwatch {
+ public:
+  explicit Stopwatch(const Device& device);
+  ~Stopwatch();
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+  void start(Stream stream);
+  void stop(Stream stream);
+  double microseconds();  // waits for stop
+
+ private:
+  int device_;
+  void* start_ = nullptr;
+  void* stop_ = nullptr;
+};
+
 // Step::state of CUDA kernels: the functions of units(step), in that order.
 struct Loaded {
   std::vector<std::shared_ptr<const Function>> functions;
@@ -62,7 +97,8 @@ inline const Function& function(const Step& step, std::size_t index = 0) {
 
 // `#define` lines that all kernels share: dtype, layout, channels per group, taps, stride, padding, dilation, and the
 // epilogue: a generated `__device__ T tconv_epilogue(T x, int channel, long long element, const Operands&)` for the
-// pointwise operations of step.epilogue.ops, and `tconv_pre(T x)` for pre. See epilogue.cuh.
+// pointwise operations of step.epilogue.ops (those before the norm, if there is one), and `tconv_pre(T x)` for pre.
+// epilogue.cuh lists all that is defined.
 std::string layer_prelude(const Step& step);
 
 }  // namespace tconv::cuda

@@ -1,0 +1,32 @@
+// epilogue.cuh — what the generated prelude of a layer is made of.
+//
+// The prelude (layer_prelude in jit.cpp) defines, for the step it is made for:
+//   TCONV_RANK TCONV_GROUPS TCONV_CI TCONV_CO (per group) TCONV_K0..2 TCONV_S0..2 TCONV_P0..2 TCONV_D0..2
+//   TCONV_DTYPE_f32 | _f64 | _f16 | _bf16    TCONV_CHANNELS_LAST TCONV_TF32 TCONV_BIAS TCONV_PRE (0 or 1)   TCONV_OPS
+//   storage_t  elements of input, weight, bias, tensor operands     operand_t  channel operands
+//   output_t   elements of the result                               accum_t    float, or double for f64
+//   T tconv_pre<T>(x)                                     the pre-activation
+//   T tconv_epilogue<T>(x, channel, element, operands)    the pointwise operations, up to the norm if there is one
+//   T tconv_after<T>(x, channel, element, operands)       those behind the norm
+//   accum_t tconv_bias(bias, channel)                     0 without a bias
+// and, where the direction is grad_epilogue, tconv_epilogue_grad, tconv_after_grad and tconv_epilogue_operands,
+// tconv_after_operands. `channel` counts over all groups; `element` is the offset in the output's memory.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "convert.cuh"
+
+struct Operands {
+  const void* at[16];
+};
+
+__device__ __forceinline__ float tconv_exp(float x) { return expf(x); }
+__device__ __forceinline__ double tconv_exp(double x) { return exp(x); }
+__device__ __forceinline__ float tconv_erf(float x) { return erff(x); }
+__device__ __forceinline__ double tconv_erf(double x) { return erf(x); }
+__device__ __forceinline__ float tconv_tanh(float x) { return tanhf(x); }
+__device__ __forceinline__ double tconv_tanh(double x) { return tanh(x); }
+__device__ __forceinline__ float tconv_log1p(float x) { return log1pf(x); }
+__device__ __forceinline__ double tconv_log1p(double x) { return log1p(x); }
+__device__ __forceinline__ double tconv_infinity() { return __longlong_as_double(0x7ff0000000000000ll); }
+__device__ __forceinline__ double tconv_nan() { return __longlong_as_double(0x7ff8000000000000ll); }
