@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#pragma GCC visibility push(default)
 namespace tconv {
 
 enum class Backend : std::uint8_t { cpu, cuda };
@@ -13,7 +14,7 @@ enum class Isa : std::uint8_t { portable, avx2, avx512 };
 
 struct Device {
   Backend backend = Backend::cpu;
-  int index = 0;  // CUDA ordinal
+  int index = 0;  // CUDA ordinal; -1: hand-written, plans can be made for it but not run
   std::string name;
   // Rates measured or conservative: what one kernel can reach, in units of 1e12 operations or bytes a second.
   double bandwidth_tbs = 0.02;
@@ -42,3 +43,4 @@ int cuda_device_count() noexcept;  // 0 without a driver
 Device known_device(const std::string& name);  // "h200", "a100", "cpu_avx512", "cpu_avx2", "cpu_portable"
 
 }  // namespace tconv
+#pragma GCC visibility pop

@@ -9,10 +9,12 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "tconv/problem.h"
 
+#pragma GCC visibility push(default)
 namespace tconv {
 
 enum class OpKind : std::uint8_t {
@@ -77,4 +79,9 @@ std::string to_string(const Epilogue& epilogue);
 Epilogue parse_epilogue(std::string_view text);
 std::size_t hash_value(const Epilogue& epilogue);
 
+// The whole line: `2d c64>32 i16x16 t3x3 | bias gelu`. The parser validates both parts.
+std::string to_string(const Problem& problem, const Epilogue& epilogue);
+std::pair<Problem, Epilogue> parse_problem_and_epilogue(std::string_view text);
+
 }  // namespace tconv
+#pragma GCC visibility pop

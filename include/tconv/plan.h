@@ -12,6 +12,7 @@
 #include "tconv/epilogue.h"
 #include "tconv/problem.h"
 
+#pragma GCC visibility push(default)
 namespace tconv {
 
 struct Kernel;  // src/kernel.h
@@ -88,3 +89,4 @@ std::string explain(const Plan& plan);
 std::vector<std::string> kernel_names(Backend backend);
 
 }  // namespace tconv
+#pragma GCC visibility pop

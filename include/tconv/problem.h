@@ -13,6 +13,7 @@
 #include <string>
 #include <string_view>
 
+#pragma GCC visibility push(default)
 namespace tconv {
 
 enum class DType : std::uint8_t { f32, f64, f16, bf16 };
@@ -86,3 +87,4 @@ double useful_flops(const Problem& problem);
 double minimum_bytes(const Problem& problem);
 
 }  // namespace tconv
+#pragma GCC visibility pop

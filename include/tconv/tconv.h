@@ -10,6 +10,7 @@
 
 #include "tconv/plan.h"
 
+#pragma GCC visibility push(default)
 namespace tconv {
 
 inline constexpr int kMaxOperands = 16;
@@ -42,3 +43,4 @@ struct Stream {
 void execute(const Plan& plan, const Tensors& tensors, Stream stream = {});
 
 }  // namespace tconv
+#pragma GCC visibility pop
