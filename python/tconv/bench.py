@@ -1,0 +1,788 @@
+"""python -m tconv bench — every figure of the project comes from here.
+
+Each problem is timed next to PyTorch in the same process: the two run in turns, the median of repeated runs counts.
+On a GPU the times are CUDA events around one call, the L2 cache is flushed before each run and the host is kept ahead
+of the device, so that a call's cost on the host (reported on its own) does not hide in the time on the device. Inputs
+are uniform in [0, 1); results are compared with PyTorch's before anything is timed, into memory that held NaN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tconv
+from tconv import _C
+
+Run = Callable[[], Any]
+
+PROBLEMS = Path(__file__).with_name("problems.json")
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
+DIRECTIONS = ("forward", "backward", "train")
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+# What one card can reach, in 1e12 units a second: copy (read + write), multiply-add pairs times two in TF32 and 16 bits.
+# Measured once by a copy and by matrix products of 8192; other devices are measured when the driver starts.
+KNOWN_RATES = {"NVIDIA H200": {"bandwidth": 4.26, "f32": 404.0, "f16": 775.0, "bf16": 775.0, "f64": 60.0}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One line of the table: a problem string taken apart, as far as PyTorch's layers need it."""
+
+    name: str
+    rank: int
+    batch: int
+    groups: int
+    in_channels: int
+    out_channels: int
+    input: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    bias: bool
+    ops: tuple[tuple[str, tuple[str, ...]], ...]
+    seed: str = ""
+    full_batch: int = 0  # the batch that the problem names, where it had to be reduced
+
+    def output(self) -> tuple[int, ...]:
+        return tuple(
+            (i - 1) * s - 2 * p + d * (k - 1) + op + 1
+            for i, k, s, p, op, d in zip(
+                self.input, self.kernel, self.stride, self.padding, self.output_padding, self.dilation, strict=True
+            )
+        )
+
+    def elements(self) -> tuple[int, int, int]:
+        """Elements of input, weight and output."""
+        taps = math.prod(self.kernel)
+        return (
+            self.batch * self.in_channels * math.prod(self.input),
+            self.in_channels * (self.out_channels // self.groups) * taps,
+            self.batch * self.out_channels * math.prod(self.output()),
+        )
+
+    def flops(self) -> float:
+        return 2.0 * self.elements()[0] * (self.out_channels // self.groups) * math.prod(self.kernel)
+
+    def floor_ms(self, direction: str, dtype: str, rates: dict[str, float]) -> float:
+        """The longer of moving each tensor once and of the products, at the rates the device reaches."""
+        size = DTYPES[dtype].itemsize
+        x, w, y = self.elements()
+        passes = {"forward": (x + w + y, 1), "backward": (2 * x + 2 * w + y, 2), "train": (3 * x + 3 * w + 2 * y, 3)}
+        moved, products = passes[direction]
+        return max(size * moved / (rates["bandwidth"] * 1e9), products * self.flops() / (rates[dtype] * 1e9))
+
+    def string(self, dtype: str = "f32", layout: str = "contiguous", direction: str = "forward", *, tf32: bool) -> str:
+        """The problem string, without the epilogue."""
+
+        def dims(letters: str, values: tuple[int, ...], default: int) -> str:
+            if all(v == default for v in values):
+                return ""
+            return f" {letters}" + (str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values)))
+
+        sizes = "x".join(map(str, self.input))
+        text = f"{self.rank}d b{self.batch} g{self.groups} c{self.in_channels}>{self.out_channels} i{sizes}"
+        text += " t" + "x".join(map(str, self.kernel)) + dims("s", self.stride, 1) + dims("p", self.padding, 0)
+        text += dims("op", self.output_padding, 0) + dims("d", self.dilation, 1) + f" {dtype}"
+        text += " channels_last" if layout == "channels_last" else ""
+        text += f" {direction}" if direction != "forward" else ""
+        return text + (" tf32" if tf32 and dtype == "f32" and self.groups == 1 else "")
+
+    def chain(self) -> str:
+        parts = (["bias"] if self.bias else []) + [f"{n}({','.join(a)})" if a else n for n, a in self.ops]
+        return " ".join(parts)
+
+
+def parse(name: str, text: str, seed: str = "") -> Shape:
+    """Reads a problem string such as `2d b8 g4 c64>64 i256x256 t4x4 s2 p1 | bias gelu`."""
+    found = _C.parse_problem(text)
+    ops: list[tuple[str, tuple[str, ...]]] = []
+    for word in found["epilogue"].split():
+        op, _, scalars = word.partition("(")
+        ops.append((op, tuple(scalars.rstrip(")").split(",")) if scalars else ()))
+    dims = ("input", "kernel", "stride", "padding", "output_padding", "dilation")
+    return Shape(
+        name=name, rank=found["rank"], batch=found["batch"], groups=found["groups"], in_channels=found["in_channels"],
+        out_channels=found["out_channels"], **{key: tuple(found[key]) for key in dims}, bias=found["bias"],
+        ops=tuple(op for op in ops if op[0] != "bias"), seed=seed,
+    )  # fmt: skip
+
+
+def named_shapes() -> list[Shape]:
+    table = json.loads(PROBLEMS.read_text())
+    return [parse(row["name"], row["problem"], row.get("seed", "")) for row in table["problems"]]
+
+
+def reduced(shape: Shape, available_bytes: float, most_flops: float) -> Shape:
+    """The same problem with the largest batch (a power of two below its own) that fits memory and patience."""
+    batch = shape.batch
+    while batch > 1:
+        at = replace(shape, batch=batch)
+        x, w, y = at.elements()
+        # Input, its gradient, twice output and grad_output (PyTorch's beside ours), and PyTorch's reordered copies.
+        if 4 * (4 * x + 4 * w + 5 * y) <= available_bytes and at.flops() <= most_flops:
+            break
+        batch = 1 << ((batch - 1).bit_length() - 1)
+    return replace(shape, batch=batch, full_batch=shape.batch) if batch != shape.batch else shape
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two sides
+
+
+@dataclass
+class Case:
+    """A problem on one device, in one dtype and layout: tensors and both implementations."""
+
+    shape: Shape
+    dtype: str
+    layout: str
+    device: torch.device
+    input: Tensor = field(init=False)
+    theirs: nn.Module = field(init=False)
+    ours: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        torch.manual_seed(sum(shape.name.encode()))
+        kinds = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+        layer = kinds[shape.rank](
+            shape.in_channels, shape.out_channels, shape.kernel, stride=shape.stride, padding=shape.padding,
+            output_padding=shape.output_padding, groups=shape.groups, bias=shape.bias, dilation=shape.dilation,
+        )  # fmt: skip
+        layer = layer.to(self.device, DTYPES[self.dtype])
+        size = (shape.batch, shape.in_channels, *shape.input)
+        self.input = torch.rand(size, device=self.device).to(DTYPES[self.dtype])
+        if self.layout == "channels_last":
+            self.input = self.input.to(memory_format=CHANNELS_LAST[shape.rank])
+            layer = layer.to(memory_format=CHANNELS_LAST[shape.rank])
+        modules = [module(shape, name, scalars).to(self.device, DTYPES[self.dtype]) for name, scalars in shape.ops]
+        kinds_of_ours = {1: tconv.nn.ConvTranspose1d, 2: tconv.nn.ConvTranspose2d, 3: tconv.nn.ConvTranspose3d}
+        mine = kinds_of_ours[shape.rank](
+            shape.in_channels, shape.out_channels, shape.kernel, stride=shape.stride, padding=shape.padding,
+            output_padding=shape.output_padding, groups=shape.groups, bias=shape.bias, dilation=shape.dilation,
+        )  # fmt: skip
+        mine.weight, mine.bias = layer.weight, layer.bias
+        self.theirs = nn.Sequential(layer, *modules) if modules else layer
+        self.ours = tconv.nn.Fused(mine, modules) if modules else mine
+
+    def parameters(self) -> list[Tensor]:
+        return [p for p in self.theirs.parameters() if p.requires_grad]
+
+    def forward(self, model: nn.Module) -> Run:
+        def run() -> Tensor:
+            with torch.no_grad():
+                return model(self.input)
+
+        return run
+
+    def gradients(self, model: nn.Module, grad_output: Tensor, *, whole_step: bool) -> Run:
+        """The gradients of input and parameters; with whole_step, the forward pass too, every time."""
+        wanted = [self.input.detach().requires_grad_(), *self.parameters()]
+        if whole_step:
+            return lambda: torch.autograd.grad(model(wanted[0]), wanted, grad_output)
+        output = model(wanted[0])
+        return lambda: torch.autograd.grad(output, wanted, grad_output, retain_graph=True)
+
+    def runs(self, direction: str, model: nn.Module, grad_output: Tensor | None) -> Run:
+        if direction == "forward":
+            return self.forward(model)
+        assert grad_output is not None
+        return self.gradients(model, grad_output, whole_step=direction == "train")
+
+
+def module(shape: Shape, name: str, scalars: tuple[str, ...]) -> nn.Module:
+    """The layer that a word of the chain stands for."""
+    numbers = [float(s) for s in scalars if re.fullmatch(r"-?(inf|[\d.]+(e-?\d+)?)", s)]
+    options = dict(s.split("=") for s in scalars if "=" in s)
+    plain: dict[str, Callable[[], nn.Module]] = {
+        "relu": nn.ReLU,
+        "gelu": nn.GELU,
+        "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+        "silu": nn.SiLU,
+        "mish": nn.Mish,
+        "sigmoid": nn.Sigmoid,
+        "tanh": nn.Tanh,
+        "hardswish": nn.Hardswish,
+        "leaky_relu": lambda: nn.LeakyReLU(*numbers),
+        "hardtanh": lambda: nn.Hardtanh(*numbers),
+        "clamp": lambda: tconv.nn.Clamp(*numbers),
+        "scale": lambda: tconv.nn.Scale(*numbers),
+        "add": lambda: tconv.nn.Add(*numbers),
+        "add_channel": lambda: tconv.nn.AddChannel(shape.out_channels),
+        "group_norm": lambda: nn.GroupNorm(
+            int(numbers[0]), shape.out_channels, eps=float(options.get("eps", 1e-5)), affine="affine" in scalars
+        ),
+    }
+    if name not in plain:
+        raise ValueError(f"problem {shape.name}: the benchmark has no PyTorch layer for {name!r}")
+    return plain[name]()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clocks
+
+
+class CpuClock:
+    def __init__(self) -> None:
+        self.flush_note = "caches as the other side left them"
+
+    def once(self, run: Run) -> float:
+        begin = time.perf_counter()
+        run()
+        return (time.perf_counter() - begin) * 1e3
+
+    def settle(self) -> None:
+        pass
+
+
+class CudaClock:
+    """CUDA events around one call, behind a flushed L2 and enough work that the host never lets the device wait."""
+
+    def __init__(self, device: torch.device, lead_us: float = 400) -> None:
+        self.device = device
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+        self.flush_note = "L2 flushed by writing 256 MB"
+        self.lead_cycles = int(lead_us * 1000)
+        self.begin = torch.cuda.Event(enable_timing=True)
+        self.end = torch.cuda.Event(enable_timing=True)
+
+    def once(self, run: Run) -> float:
+        # _sleep counts clock cycles (about 1.5-2 per ns here): the host enqueues the whole call meanwhile.
+        torch.cuda._sleep(self.lead_cycles)  # type: ignore[no-untyped-call]
+        self.flush.zero_()
+        self.begin.record()
+        run()
+        self.end.record()
+        self.end.synchronize()
+        return float(self.begin.elapsed_time(self.end))
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+
+Clock = CpuClock | CudaClock
+
+
+def interleaved(clock: Clock, runs: dict[str, Run], seconds: float, least: int = 3, most: int = 25) -> dict[str, float]:
+    """Median milliseconds of each, run in turns; at least `least` rounds, more while `seconds` allow."""
+    begin = time.perf_counter()
+    for run in runs.values():
+        clock.once(run)
+    clock.settle()
+    spent = time.perf_counter() - begin
+    rounds = max(least, min(most, int(seconds / max(spent, 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds):
+        names = list(runs) if turn % 2 == 0 else list(reversed(runs))
+        for name in names:
+            times[name].append(clock.once(runs[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def captured(run: Run) -> Run | None:
+    """The call as a CUDA graph, or None where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured besides time
+
+
+def poison(like: Iterable[Tensor], clock: Clock) -> None:
+    """Fills memory that the next results will probably get with NaN, so that an unwritten element shows."""
+    held = [torch.full_like(t, math.nan) for t in like]
+    clock.settle()
+    del held
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [t for t in value if t is not None]
+
+
+def compare(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, float | bool]:
+    """Relative L2 error (the worst tensor) and whether every element is within atol = rtol = 1e-4."""
+    worst, close = 0.0, True
+    for mine, reference in zip(ours, theirs, strict=True):
+        if mine.shape != reference.shape or mine.dtype != reference.dtype:
+            raise RuntimeError(f"result {tuple(mine.shape)} {mine.dtype}, PyTorch {tuple(reference.shape)} {reference.dtype}")
+        # Slice by slice: float64 copies of whole tensors would not fit beside the problem itself.
+        error = norm = 0.0
+        for a, b in zip(mine.reshape(-1).split(1 << 26), reference.reshape(-1).split(1 << 26), strict=True):
+            a, b = a.float(), b.float()
+            error += float((a - b).square().sum(dtype=torch.float64))
+            norm += float(b.square().sum(dtype=torch.float64))
+            close = close and bool(torch.isclose(a, b, atol=1e-4, rtol=1e-4).all())
+        relative = math.sqrt(error / norm) if norm else math.sqrt(error)
+        worst = math.nan if math.isnan(relative) or math.isnan(worst) else max(worst, relative)
+    return {"relative_l2": worst, "allclose_1e4": close}
+
+
+# Largest relative L2 distance to PyTorch's result. TF32 rounds each operand to 11 bits, f16 likewise, bf16 to 8; the
+# errors are independent and average out over the sum, the final rounding does not.
+LIMIT = {"f32": 1e-3, "f64": 1e-12, "f16": 2e-3, "bf16": 1.5e-2}
+
+
+def resident(key: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    match = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
+def extra_memory(run: Run, device: torch.device) -> int | None:
+    """Peak bytes in use during a call beyond what is in use before it, without the result itself."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        size = sum(t.numel() * t.element_size() for t in tensors(run()))
+        return max(0, torch.cuda.max_memory_allocated() - before - size)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    except OSError:
+        return None
+    before = resident("VmRSS")
+    size = sum(t.numel() * t.element_size() for t in tensors(run()))
+    return max(0, resident("VmHWM") - before - size)
+
+
+def host_cost(device: torch.device, clock: Clock, calls: int = 300) -> dict[str, float]:
+    """Microseconds of host time per call of a layer so small that nothing else counts."""
+    x = torch.rand(1, 8, 8, 8, device=device)
+    w = torch.rand(8, 8, 3, 3, device=device)
+    sides: dict[str, Run] = {
+        "tconv": lambda: tconv.conv_transpose2d(x, w, None, 2, 1),
+        "torch": lambda: nn.functional.conv_transpose2d(x, w, None, 2, 1),
+    }
+    best: dict[str, list[float]] = {name: [] for name in sides}
+    with torch.no_grad():
+        for run in sides.values():
+            run()
+        clock.settle()
+        for _ in range(7):
+            for name, run in sides.items():
+                begin = time.perf_counter()
+                for _ in range(calls):
+                    run()
+                best[name].append((time.perf_counter() - begin) / calls * 1e6)
+                clock.settle()
+    return {name: round(statistics.median(values), 2) for name, values in best.items()}
+
+
+def rates(device: torch.device) -> dict[str, float]:
+    """The device's ceilings in 1e12 units a second."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if name in KNOWN_RATES:
+        return dict(KNOWN_RATES[name])
+    clock: Clock = CudaClock(device) if device.type == "cuda" else CpuClock()
+    elements = (1 << 28) if device.type == "cuda" else (1 << 25)
+    source = torch.rand(elements, device=device)
+    target = torch.empty_like(source)
+    copy = interleaved(clock, {"copy": lambda: target.copy_(source)}, 0.5)["copy"]
+    found = {"bandwidth": 2 * 4 * elements / copy / 1e9}
+    n = 4096 if device.type == "cuda" else 1536
+    for dtype in DTYPES:
+        a = torch.rand(n, n, device=device).to(DTYPES[dtype])
+        b = torch.rand(n, n, device=device).to(DTYPES[dtype])
+        if device.type == "cpu" and dtype in ("f16", "bf16"):  # converted, then computed in fp32
+            found[dtype] = found["f32"]
+            continue
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        product = interleaved(clock, {"product": lambda a=a, b=b: a @ b}, 0.3)["product"]  # type: ignore[misc]
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        found[dtype] = 2.0 * n**3 / product / 1e9
+    return {key: round(value, 4) for key, value in found.items()}
+
+
+def commit() -> str:
+    """The commit of the checkout that the driver runs in, else the one recorded when the package was built."""
+    here = Path(__file__).resolve().parent
+    try:
+        from tconv._build_info import commit as built
+    except ImportError:
+        built = "unknown"
+    if built != "unknown":
+        return built
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else built
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            driver = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0].strip()
+        except (OSError, IndexError):
+            driver = "unknown"
+        return {
+            "kind": "cuda", "name": properties.name, "driver": driver, "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+        }  # fmt: skip
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    match = re.search(r"model name\s*: (.*)", text)
+    return {"kind": "cpu", "name": match[1] if match else platform.processor(), "threads": torch.get_num_threads()}
+
+
+def versions() -> dict[str, str | None]:
+    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    return {
+        "tconv": tconv.__version__, "torch": torch.__version__, "cuda": torch.version.cuda,
+        "cudnn": str(cudnn) if cudnn else None, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One row
+
+
+@dataclass
+class Options:
+    seconds: float  # per row, shared by its sides
+    ieee: bool = False
+    compiled: bool = False
+    regret: bool = False
+
+
+def plan_of(case: Case, direction: str, only: str = "") -> Any:
+    precise = case.device.type == "cpu" or not torch.backends.cudnn.allow_tf32
+    text = case.shape.string(case.dtype, case.layout, direction, tf32=not precise)
+    chain = case.shape.chain() if direction == "forward" else ""
+    return _C.plan_string(text + (f" | {chain}" if chain else ""), str(case.device), only)
+
+
+def describe(case: Case, direction: str) -> dict[str, Any]:
+    """What the planner chose for a direction of the table: kernels, predicted time, workspace."""
+    parts = {"forward": ["forward"], "backward": ["grad_input", "grad_weight"], "train": ["forward"]}[direction]
+    plans = [plan_of(case, part) for part in parts]
+    steps = [step for plan in plans for step in plan.steps]
+    return {
+        "kernels": [f"{step['kernel']}:{step['config']}" for step in steps],
+        "predicted_ms": round(sum(plan.microseconds for plan in plans) / 1e3, 5),
+        "workspace_bytes": max(plan.workspace_bytes for plan in plans),
+    }
+
+
+def raw_run(case: Case, plan: Any, direction: str) -> tuple[Run, list[Tensor]]:
+    """A plan on raw addresses, without the front end: what planner regret is measured with. Layers without a chain."""
+    shape, device = case.shape, case.device
+    kind = DTYPES[case.dtype]
+    layer = case.ours
+    size = (shape.batch, shape.out_channels, *shape.output())
+    x, weight = case.input, layer.weight.detach().contiguous()  # type: ignore[operator, union-attr]
+    bias = None if layer.bias is None else layer.bias.detach()  # type: ignore[operator, union-attr]
+    grad = torch.rand(size, device=device).to(kind)
+    if case.layout == "channels_last":
+        grad = grad.to(memory_format=CHANNELS_LAST[shape.rank])
+    made = {"forward": grad, "grad_input": x, "grad_weight": weight}[direction]
+    result = torch.full_like(made, math.nan)
+    grad_bias = torch.empty(shape.out_channels, device=device, dtype=kind) if shape.bias else None
+    workspace = torch.empty(plan.workspace_bytes + 256, dtype=torch.uint8, device=device)
+    address = (workspace.data_ptr() + 255) & ~255
+    forward = direction == "forward"
+
+    def at(tensor: Tensor | None, used: bool = True) -> int | None:
+        return tensor.data_ptr() if tensor is not None and used else None
+
+    def run() -> Tensor:
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        _C.run(
+            plan, stream, torch.get_num_threads(), at(x, direction != "grad_input"),
+            at(weight, direction != "grad_weight"), at(bias, forward), at(grad, not forward), at(result),
+            at(grad_bias, direction == "grad_weight"), None, None, None, address, None, None,
+        )  # fmt: skip
+        return result
+
+    return run, [result, workspace]
+
+
+def regret(case: Case, direction: str, clock: Clock, seconds: float) -> dict[str, Any]:
+    """Every kernel and config that fits, timed: how far the planner's choice is from the best of them."""
+    found: dict[str, Any] = {}
+    for part in ["forward"] if direction == "forward" else ["grad_input", "grad_weight"]:
+        chosen = plan_of(case, part)
+        runs: dict[str, Run] = {}
+        held: list[list[Tensor]] = []
+        names = {f"{c['kernel']}:{c['config']}": c for c in chosen.candidates if not c["refusal"]}
+        best_price = min((c["microseconds"] for c in names.values()), default=0.0)
+        for name, candidate in names.items():
+            # Those predicted 12 times slower than the best are left out: they would take all the time there is.
+            if candidate["microseconds"] <= 12 * best_price or candidate["chosen"]:
+                runs[name], tensors_held = raw_run(case, plan_of(case, part, name), part)
+                held.append(tensors_held)
+        if len(runs) < 2:
+            continue
+        times = interleaved(clock, runs, seconds)
+        picked = next(name for name, candidate in names.items() if candidate["chosen"])
+        best = min(times, key=lambda name: times[name])
+        found[part] = {
+            "chosen": picked, "best": best, "regret": round(times[picked] / times[best], 4),
+            "ms": {name: round(value, 5) for name, value in times.items()},
+            "predicted_ms": {name: round(names[name]["microseconds"] / 1e3, 5) for name in runs},
+        }  # fmt: skip
+    return found
+
+
+def torch_runs(case: Case, direction: str, grad_output: Tensor | None, options: Options) -> dict[str, Run]:
+    """PyTorch's sides. `torch` is the default; on CUDA cudnn.benchmark is tried both ways and the better one counts."""
+    model = case.theirs
+    runs = {"torch": case.runs(direction, model, grad_output)}
+    if case.device.type == "cuda":
+
+        def under(run: Run, *, benchmark: bool | None = None, tf32: bool | None = None) -> Run:
+            def with_flags() -> Any:
+                # Plain assignments: the context manager of torch.backends costs the host tens of microseconds.
+                before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+                torch.backends.cudnn.benchmark = before[0] if benchmark is None else benchmark
+                torch.backends.cudnn.allow_tf32 = before[1] if tf32 is None else tf32
+                result = run()
+                torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
+                return result
+
+            return with_flags
+
+        runs["torch_benchmark"] = under(runs["torch"], benchmark=True)
+        if options.ieee and case.dtype == "f32":
+            runs["torch_ieee"] = under(runs["torch"], tf32=False)
+    if options.compiled and case.shape.ops:
+        runs["torch_compile"] = case.runs(direction, torch.compile(model), grad_output)  # type: ignore[arg-type]
+    return runs
+
+
+def measure(case: Case, direction: str, clock: Clock, ceilings: dict[str, float], options: Options) -> dict[str, Any]:
+    shape = case.shape
+    grad_output = None
+    if direction != "forward":
+        with torch.no_grad():
+            grad_output = torch.rand_like(case.theirs(case.input))
+    ours = case.runs(direction, case.ours, grad_output)
+    sides = torch_runs(case, direction, grad_output, options)
+
+    reference = tensors(sides["torch"]())
+    poison(reference, clock)
+    first = time.perf_counter()
+    result = tensors(ours())
+    clock.settle()
+    first_call_ms = (time.perf_counter() - first) * 1e3
+    check = compare(result, reference)
+    del result, reference
+    row: dict[str, Any] = {
+        "name": shape.name, "seed": shape.seed or None, "dtype": case.dtype, "layout": case.layout,
+        "direction": direction, "problem": shape.string(case.dtype, case.layout, tf32=False)
+        + (f" | {shape.chain()}" if shape.chain() else ""),
+        "batch": shape.batch, "full_batch": shape.full_batch or shape.batch, **check,
+        "ok": bool(check["relative_l2"] <= LIMIT[case.dtype]), "first_call_ms": round(first_call_ms, 2),
+    }  # fmt: skip
+    row |= describe(case, direction)
+    extra = {"tconv": extra_memory(ours, case.device), "torch": extra_memory(sides["torch"], case.device)}
+    row["extra_bytes"] = extra
+
+    times = interleaved(clock, {"tconv": ours, **sides}, options.seconds)
+    theirs = min(times[name] for name in ("torch", "torch_benchmark") if name in times)
+    floor = shape.floor_ms(direction, case.dtype, ceilings)
+    row |= {
+        "ms": {name: round(value, 5) for name, value in times.items()},
+        "tconv_ms": round(times["tconv"], 5), "torch_ms": round(theirs, 5),
+        "ratio": round(theirs / times["tconv"], 4), "floor_ms": round(floor, 5),
+        "share_of_floor": round(floor / times["tconv"], 4),
+    }  # fmt: skip
+    if case.device.type == "cuda" and direction == "forward" and theirs < 0.4:
+        # Small layers are run from CUDA graphs in practice; there the host's share is gone on both sides.
+        graphs = {"tconv": captured(ours), "torch": captured(sides["torch"])}
+        replays = {name: graph for name, graph in graphs.items() if graph is not None}
+        row["graph_ms"] = {k: round(v, 5) for k, v in interleaved(clock, replays, options.seconds / 2).items()}
+    if options.regret and not shape.ops and direction in ("forward", "backward"):
+        row["regret"] = regret(case, direction, clock, options.seconds)
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table and the command
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(math.log(v) for v in values) / len(values)) if values else math.nan
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.3f}" if value < 100 else f"{value:.1f}"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per row, at most 100 columns, and the geometric means."""
+    lines = [f"{'problem':<26} {'dtype':<8} {'direction':<9} {'torch ms':>9} {'tconv ms':>9} {'ratio':>6} {'floor':>6}  kernel"]
+    for row in rows:
+        name = row["name"] + (f" b{row['batch']}" if row["batch"] != row["full_batch"] else "")
+        kind = row["dtype"] + (" cl" if row["layout"] == "channels_last" else "")
+        kernel = row["kernels"][0].split(":")[0] if row["kernels"] else "-"
+        wrong = "" if row["ok"] else f" WRONG {row['relative_l2']:.1e}"
+        lines.append(
+            f"{name[:26]:<26} {kind:<8} {row['direction']:<9} {milliseconds(row['torch_ms']):>9}"
+            f" {milliseconds(row['tconv_ms']):>9} {row['ratio']:>6.2f} {row['share_of_floor']:>6.0%}"
+            f"  {kernel[:20 - min(len(wrong), 16)]}{wrong}"
+        )
+    kinds = sorted({(r["dtype"], r["layout"], r["direction"]) for r in rows}, key=str)
+    for dtype, layout, direction in kinds:
+        ratios = [r["ratio"] for r in rows if (r["dtype"], r["layout"], r["direction"]) == (dtype, layout, direction)]
+        lines.append(
+            f"{dtype} {layout} {direction}: geometric mean {geometric_mean(ratios):.2f}x of PyTorch over {len(ratios)}"
+            f" problems, lowest {min(ratios):.2f}x"
+        )
+    return "\n".join(lines)
+
+
+def jobs(shapes: Sequence[Shape], arguments: argparse.Namespace) -> list[tuple[Shape, str, str, str]]:
+    """What to measure, the most wanted first: fp32 forward of every problem, then fp32 gradients, then 16 bits."""
+    listed = []
+    layouts = arguments.layouts.split(",")
+    for dtype in arguments.dtypes.split(","):
+        for direction in arguments.directions.split(","):
+            for shape in shapes:
+                for layout in layouts if dtype in ("f16", "bf16") else layouts[:1]:
+                    if (direction == "train") != bool(shape.ops) and direction != "forward":
+                        continue  # gradients of plain layers on their own, those of chains as a whole step
+                    if layout == "channels_last" and shape.rank == 1:
+                        continue
+                    listed.append((shape, dtype, layout, direction))
+    return listed
+
+
+def progress(text: str) -> None:
+    end = "\r" if sys.stderr.isatty() else "\n"
+    print(f"\x1b[2K{text}" if end == "\r" else text, end=end, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tconv bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("problems", nargs="*", help="problem strings; default: the named problems of the package")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--filter", default="", help="only problems whose name, seed or string matches this expression")
+    parser.add_argument("--dtypes", default=None, help="default: f32,f16 on CUDA, f32 on the CPU")
+    parser.add_argument("--directions", default="forward,backward,train")
+    parser.add_argument("--layouts", default="contiguous,channels_last", help="of 16-bit tensors; fp32 uses the first")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--budget", type=float, default=600, help="seconds; what does not fit is named and left out")
+    parser.add_argument("--row-seconds", type=float, default=None, help="timed seconds per row")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; default: as PyTorch")
+    parser.add_argument("--ieee", action="store_true", help="time PyTorch without TF32 too")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile on chains too")
+    parser.add_argument("--regret", action="store_true", help="time every kernel and config that fits")
+    parser.add_argument("--full-batch", action="store_true", help="never reduce the batch")
+    parser.add_argument("--stop-on-error", action="store_true", help="do not go on after an exception")
+    arguments = parser.parse_args(argv)
+
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    on_cuda = device.type == "cuda"
+    arguments.dtypes = arguments.dtypes or ("f32,f16" if on_cuda else "f32")
+    clock: Clock = CudaClock(device) if on_cuda else CpuClock()
+    options = Options(
+        seconds=arguments.row_seconds or (0.25 if on_cuda else 2.0), ieee=arguments.ieee, compiled=arguments.compile,
+        regret=arguments.regret,
+    )  # fmt: skip
+
+    shapes = [parse(f"given_{i + 1}", text) for i, text in enumerate(arguments.problems)] or named_shapes()
+    wanted = re.compile(arguments.filter, re.IGNORECASE)
+    shapes = [s for s in shapes if wanted.search(f"{s.name} {s.seed} {s.string(tf32=False)} | {s.chain()}")]
+    if not shapes:
+        parser.error(f"no problem matches --filter {arguments.filter!r}")
+    if not arguments.full_batch:
+        room = torch.cuda.mem_get_info(device)[0] * 0.8 if on_cuda else min(resident_available() * 0.5, 3e9)
+        shapes = [reduced(s, room, math.inf if on_cuda else 1.6e11) for s in shapes]
+
+    begin = time.perf_counter()
+    ceilings = rates(device)
+    host = host_cost(device, clock)
+    listed = jobs(shapes, arguments)
+    rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
+    case: Case | None = None
+    for number, (shape, dtype, layout, direction) in enumerate(listed):
+        spent = time.perf_counter() - begin
+        label = f"{shape.name} {dtype} {layout} {direction}"
+        if spent > arguments.budget:
+            left_out.append({"row": label, "reason": f"budget of {arguments.budget:.0f} s"})
+            continue
+        progress(f"bench [{number + 1}/{len(listed)}] {spent:4.0f} s  {label}")
+        try:
+            if case is None or (case.shape, case.dtype, case.layout) != (shape, dtype, layout):
+                case = None  # frees the last one's tensors first
+                case = Case(shape, dtype, layout, device)
+            rows.append(measure(case, direction, clock, ceilings, options))
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if arguments.stop_on_error:
+                raise
+            left_out.append({"row": label, "reason": f"{type(error).__name__}: {error}"})
+            case = None
+        if on_cuda:
+            torch.cuda.empty_cache()
+    progress("")
+
+    failed = [row for row in rows if not row["ok"]]
+    if rows:
+        print(table(rows))
+    print(f"host cost per call: tconv {host['tconv']} us, PyTorch {host['torch']} us (a tiny layer, no gradient)")
+    for entry in left_out:
+        print(f"left out: {entry['row']}: {entry['reason'][:400]}")
+    if arguments.json:
+        record = {
+            "commit": commit(), "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine(device), "versions": versions(), "rates_tera": ceilings, "host_us_per_call": host,
+            "method": f"medians of interleaved runs, {clock.flush_note}, inputs uniform in [0, 1)",
+            "seconds": round(time.perf_counter() - begin, 1), "left_out": left_out, "rows": rows,
+        }  # fmt: skip
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        head = {key: value for key, value in record.items() if key != "rows"}
+        body = ",\n".join("  " + json.dumps(row) for row in rows)
+        arguments.json.write_text(json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + body + "\n ]\n}\n")
+        print(f"written: {arguments.json}")
+    if failed:
+        print(f"{len(failed)} of {len(rows)} results differ from PyTorch's by more than allowed", file=sys.stderr)
+    broken = [entry for entry in left_out if not entry["reason"].startswith("budget")]
+    return 1 if failed or broken else 0
+
+
+def resident_available() -> float:
+    """Bytes of memory that a process can still take."""
+    match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return float(match[1]) * 1024 if match else 4e9
+
+
+if __name__ == "__main__":
+    sys.exit(main())
