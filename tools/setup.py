@@ -40,8 +40,8 @@ PACKAGES: dict[str, list[str]] = {
     "demo": ["pillow>=10", "onnx>=1.16"],
     "plot": ["matplotlib>=3.8"],
 }
-# Packages whose dependencies are not wanted: only the weights inside the wheel are read.
-BARE_PACKAGES: dict[str, list[str]] = {"demo": ["rapidocr-onnxruntime==1.4.4"]}
+# Packages whose dependencies are not wanted: only the weights and the pictures inside the wheels are read.
+BARE_PACKAGES: dict[str, list[str]] = {"demo": ["rapidocr-onnxruntime==1.4.4", "scikit-image>=0.22"]}
 NEEDS: dict[str, list[str]] = {"build": ["base"], "test": ["build", "lint"], "demo": ["build"], "plot": ["base"]}
 
 # Group -> Debian package -> how to tell that it is there.
@@ -230,7 +230,7 @@ def install_packages(group: str) -> None:
     if wanted:
         run([*pip, *wanted], f"pip: {group} ({' '.join(wanted)})", f"pip-{group}")
     if bare:
-        run([*pip, "--no-deps", *bare], f"pip: {' '.join(bare)} (weights only)", f"pip-{group}-bare")
+        run([*pip, "--no-deps", *bare], f"pip: {' '.join(bare)} (files only)", f"pip-{group}-bare")
     stamp.write()
 
 
