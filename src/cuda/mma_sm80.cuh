@@ -1,0 +1,126 @@
+// mma_sm80.cuh — mma.sync and cp.async in the shapes that the tap products use (sm_80 and later).
+//
+// One "word" is 4 bytes along k: one fp32 channel (m16n8k8, TF32) or two 16-bit channels (m16n8k16); both instructions
+// then have the same fragment layout in words: with lane = 4 * quad + quarter
+//   rows (16 x 8 words)  a0 (quad, quarter)  a1 (quad + 8, quarter)  a2 (quad, quarter + 4)  a3 (quad + 8, quarter + 4)
+//   columns (8 words x 8) b0 (quarter, quad)  b1 (quarter + 4, quad)
+//   sums (16 x 8)        c0, c1 (quad, 2 * quarter + 0, 1)  c2, c3 (quad + 8, ...)
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "convert.cuh"
+
+// Words: one fp32 element, or two 16-bit elements with the first in the low half.
+__device__ __forceinline__ unsigned word_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ unsigned word_of(f16_t x) { return x.bits; }
+__device__ __forceinline__ unsigned word_of(bf16_t x) { return x.bits; }
+template <typename S>
+__device__ __forceinline__ unsigned pack_words(S low, S high) {
+  return word_of(low) | (word_of(high) << 16);
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// 4 bytes to shared memory behind the thread's back; zero when not valid (the source is then not read).
+__device__ __forceinline__ void copy_async_4(void* to, const void* from, bool valid) {
+  const int bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Round to nearest, ties away: what cuDNN's TF32 does; truncation is 8e-4 off (docs/numerics.md).
+__device__ __forceinline__ unsigned to_tf32(float x) {
+  unsigned y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ void multiply_tf32(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Packed columns of one (tap, k8): kParts x kNTiles x {b0, b1} per lane, two tiles per 16-byte load.
+template <int kNTiles, int kParts>
+struct WeightFragments {
+  unsigned word[kParts][kNTiles * 2];
+  __device__ __forceinline__ void load(const unsigned* from, int lane) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      if (kNTiles == 1) {
+        const uint2 pair = __ldg(reinterpret_cast<const uint2*>(from + part * (kNTiles * 64)) + lane);
+        word[part][0] = pair.x;
+        word[part][1] = pair.y;
+      } else {
+#pragma unroll
+        for (int v = 0; v < kNTiles / 2; ++v) {
+          const uint4 four = __ldg(reinterpret_cast<const uint4*>(from + part * (kNTiles * 64)) + v * 32 + lane);
+          word[part][4 * v] = four.x;
+          word[part][4 * v + 1] = four.y;
+          word[part][4 * v + 2] = four.z;
+          word[part][4 * v + 3] = four.w;
+        }
+      }
+    }
+  }
+};
+
+// 16 positions times 8 * kNTiles channels over 8 words. `raw` are the staged words, not yet rounded.
+template <int kNTiles, int kParts>
+__device__ __forceinline__ void multiply_line(float (&c)[kNTiles][4], const unsigned (&raw)[4],
+                                              const WeightFragments<kNTiles, kParts>& weights) {
+#if TCONV_DTYPE_f16 || TCONV_DTYPE_bf16
+#pragma unroll
+  for (int ni = 0; ni < kNTiles; ++ni) {
+#if TCONV_DTYPE_f16
+    multiply_f16(c[ni], raw, weights.word[0][2 * ni], weights.word[0][2 * ni + 1]);
+#else
+    multiply_bf16(c[ni], raw, weights.word[0][2 * ni], weights.word[0][2 * ni + 1]);
+#endif
+  }
+#else
+  unsigned big[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) big[r] = to_tf32(__uint_as_float(raw[r]));
+  if (kParts == 1) {
+#pragma unroll
+    for (int ni = 0; ni < kNTiles; ++ni)
+      multiply_tf32(c[ni], big, weights.word[0][2 * ni], weights.word[0][2 * ni + 1]);
+  } else {
+    // fp32 accuracy: x = big + small on both sides, the product small * small is below 2^-22. The tensor core truncates
+    // when it adds to a large sum, so each group of 8 words is summed from zero and added in fp32.
+    unsigned small[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) small[r] = to_tf32(__uint_as_float(raw[r]) - __uint_as_float(big[r]));
+#pragma unroll
+    for (int ni = 0; ni < kNTiles; ++ni) {
+      float sum[4] = {0.f, 0.f, 0.f, 0.f};
+      multiply_tf32(sum, small, weights.word[0][2 * ni], weights.word[0][2 * ni + 1]);
+      multiply_tf32(sum, big, weights.word[kParts - 1][2 * ni], weights.word[kParts - 1][2 * ni + 1]);
+      multiply_tf32(sum, big, weights.word[0][2 * ni], weights.word[0][2 * ni + 1]);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) c[ni][r] += sum[r];
+    }
+  }
+#endif
+}

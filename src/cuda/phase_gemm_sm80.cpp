@@ -1,0 +1,439 @@
+// phase_gemm_sm80 — host side: tile geometry, price, specialisation and launch of phase_gemm_sm80.cu.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <sstream>
+
+#include "driver.h"
+#include "lattice.h"
+#include "tile_geometry.h"
+
+namespace tconv::cuda {
+namespace {
+
+using std::int64_t;
+
+// block_m lattice positions, block_n result channels, block_k words per chunk, stages of the chunk pipeline (1: the
+// whole reduction fits one chunk), warps, split 1: every phase pair its own block.
+#define SPLITS(m, n, k, s, w) {m, n, k, s, w, 0}, {m, n, k, s, w, 1}
+#define CHUNKS(m, n, w)                                                                                         \
+  SPLITS(m, n, 8, 1, w), SPLITS(m, n, 16, 1, w), SPLITS(m, n, 32, 1, w), SPLITS(m, n, 64, 1, w),                 \
+      SPLITS(m, n, 8, 3, w), SPLITS(m, n, 16, 2, w), SPLITS(m, n, 16, 3, w), SPLITS(m, n, 32, 2, w)
+constexpr Config kConfigs[] = {
+    CHUNKS(512, 64, 8), CHUNKS(256, 64, 4), CHUNKS(256, 64, 8), CHUNKS(128, 64, 4), CHUNKS(64, 64, 4),
+    CHUNKS(256, 32, 4), CHUNKS(128, 32, 4), CHUNKS(64, 32, 4),  CHUNKS(256, 16, 4), CHUNKS(128, 16, 4),
+    CHUNKS(64, 16, 4),  CHUNKS(512, 8, 4),  CHUNKS(256, 8, 4),  CHUNKS(128, 8, 4),  CHUNKS(128, 128, 8),
+    CHUNKS(256, 128, 8)};
+#undef CHUNKS
+#undef SPLITS
+
+constexpr int kMaxAccumulators = 128;  // of 255 registers; the rest holds two sets of weight fragments and addresses
+constexpr int kMaxWidthPhases = 8;     // width phases computed together; more are cut into groups of 8
+constexpr int kMaxTaps = 4096;         // tables in constant memory
+
+struct Pass {
+  int phase[3];                        // depth, height, first width phase
+  std::vector<std::vector<int>> taps;  // per width phase: pairs (packed tap, word offset)
+};
+
+struct Geometry {
+  std::string refusal;
+  bool forward = true;
+  int k = 0, n = 0;  // channels per group: summed over, of the result
+  int per_word = 1, chunks = 1, parts = 1;
+  int wm = 0, wn = 0, warps_m = 1, warps_n = 1, n_blocks = 1;
+  int tile[3] = {1, 1, 1};
+  int source_step[3] = {1, 1, 1}, result_step[3] = {1, 1, 1};
+  std::vector<int> offset[3];  // per dimension: where each tap reads
+  Rows rows[2];
+  Columns columns;
+  int positions = 0, pitch = 0;
+  int width_phases = 1, slots = 1, num_taps = 1;
+  std::vector<int> slot;
+  std::vector<Pass> passes;
+  int out_pitch = 0, out_words = 0, half = 8;
+  std::size_t shared_bytes = 0;
+  int threads = 0, registers = 0, blocks_per_multiprocessor = 1;
+  int64_t lattice[3] = {1, 1, 1};  // positions per dimension
+  int64_t tiles[3] = {1, 1, 1};
+};
+
+// Channels, phases and taps: what depends on the layer alone.
+Geometry layer_geometry(const Problem& problem) {
+  Geometry g;
+  g.forward = problem.direction == Direction::forward;
+  if (!g.forward && problem.direction != Direction::grad_input) {
+    g.refusal = "direction " + std::string(to_string(problem.direction)) + " is not a phase product";
+    return g;
+  }
+  if (problem.dtype == DType::f64) {
+    g.refusal = "f64 has no mma.sync of this shape";
+    return g;
+  }
+  const int64_t ci = problem.in_channels / problem.groups, co = problem.out_channels / problem.groups;
+  if (ci == 0 || co == 0 || problem.groups == 0) {
+    g.refusal = "no channels";
+    return g;
+  }
+  if (volume(problem.kernel) > kMaxTaps) {
+    g.refusal = "more than " + std::to_string(kMaxTaps) + " taps";
+    return g;
+  }
+  for (int dim = 0; dim < 3; ++dim)
+    if (problem.kernel[dim] * problem.dilation[dim] + problem.padding[dim] > (1 << 20) || problem.stride[dim] > 4096) {
+      g.refusal = "stride or kernel extent too large for the tables";
+      return g;
+    }
+  g.k = static_cast<int>(g.forward ? ci : co);
+  g.n = static_cast<int>(g.forward ? co : ci);
+  g.per_word = size_of(problem.dtype) == 2 ? 2 : 1;
+  g.parts = problem.dtype == DType::f32 && problem.precision == Precision::fp32 ? 2 : 1;
+  g.num_taps = static_cast<int>(volume(problem.kernel));
+  const Dims output = output_size(problem);
+  std::vector<std::vector<Tap>> phases[3];
+  for (int dim = 0; dim < 3; ++dim) {
+    const int stride = static_cast<int>(problem.stride[dim]);
+    g.offset[dim].resize(problem.kernel[dim]);
+    if (g.forward) {
+      phases[dim] = lattice(problem, dim).phases;
+      for (const auto& taps : phases[dim])
+        for (const Tap& tap : taps) g.offset[dim][tap.tap] = tap.shift;
+      g.result_step[dim] = stride;
+      g.lattice[dim] = ceil_div(output[dim], stride);
+    } else {
+      std::vector<Tap> all;
+      for (int t = 0; t < problem.kernel[dim]; ++t) {
+        g.offset[dim][t] = static_cast<int>(problem.dilation[dim] * t - problem.padding[dim]);
+        all.push_back({t, g.offset[dim][t]});
+      }
+      phases[dim] = {all};
+      g.source_step[dim] = stride;
+      g.lattice[dim] = problem.input[dim];
+    }
+  }
+  const int width = static_cast<int>(phases[2].size());
+  g.width_phases = std::min(width, kMaxWidthPhases);
+  // With one group of width phases, those without taps need no accumulators.
+  g.slots = 0;
+  for (int rw = 0; rw < g.width_phases; ++rw)
+    g.slot.push_back(width > kMaxWidthPhases || !phases[2][rw].empty() ? g.slots++ : -1);
+  if (g.slots == 0) g.slots = 1;
+  if (int64_t{1} * static_cast<int64_t>(phases[0].size()) * static_cast<int64_t>(phases[1].size()) *
+          ceil_div(width, g.width_phases) * g.width_phases > kMaxTaps) {
+    g.refusal = "more than " + std::to_string(kMaxTaps) + " phases";
+    return g;
+  }
+  for (int rd = 0; rd < static_cast<int>(phases[0].size()); ++rd)
+    for (int rh = 0; rh < static_cast<int>(phases[1].size()); ++rh)
+      for (int rw0 = 0; rw0 < width; rw0 += g.width_phases) {
+        Pass pass{{rd, rh, rw0}, {}};
+        pass.taps.resize(g.width_phases);
+        for (int rw = 0; rw < g.width_phases && rw0 + rw < width; ++rw)
+          for (const Tap& td : phases[0][rd])
+            for (const Tap& th : phases[1][rh])
+              for (const Tap& tw : phases[2][rw0 + rw])
+                pass.taps[rw].push_back(static_cast<int>((td.tap * problem.kernel[1] + th.tap) * problem.kernel[2] + tw.tap));
+        g.passes.push_back(std::move(pass));
+      }
+  return g;
+}
+
+// Adds the tile of one config.
+Geometry geometry(const Problem& problem, const Device& device, const Config& config, const Geometry& layer) {
+  Geometry g = layer;
+  if (!g.refusal.empty()) return g;
+  auto refuse = [&](std::string why) {
+    g.refusal = std::move(why);
+    return g;
+  };
+  g.threads = config.warps * 32;
+  g.wn = std::min(config.block_n, 64);
+  g.warps_n = config.block_n / g.wn;
+  g.warps_m = config.warps / g.warps_n;
+  g.wm = config.block_m / g.warps_m;
+  const int accumulators = g.wm / 16 * (g.wn / 8) * 4 * g.slots;
+  if (g.wm < 16) return refuse("fewer than 16 positions a warp");
+  if (accumulators > kMaxAccumulators) return refuse(std::to_string(accumulators) + " accumulators a thread");
+  // A block wider than the channels wastes columns; the next narrower block does the same work with fewer registers.
+  if (config.block_n > 8 && config.block_n / 2 >= g.n) return refuse("block_n is over twice the channels");
+  const int words = static_cast<int>(ceil_div(g.k, g.per_word));
+  g.chunks = static_cast<int>(ceil_div(words, config.block_k));
+  if ((config.stages == 1) != (g.chunks == 1))
+    return refuse(g.chunks == 1 ? "one chunk needs no pipeline" : "several chunks need a pipeline");
+  if (config.block_k > 8 && config.block_k / 2 >= words) return refuse("block_k is over twice the channels");
+  if (config.split && g.passes.size() == 1) return refuse("one pass cannot be split");
+  g.n_blocks = static_cast<int>(ceil_div(g.n, config.block_n));
+
+  // The tile shape that moves the fewest words: lines of 8 to 256 positions, then rows, then planes.
+  double best = std::numeric_limits<double>::max();
+  for (int tw = 8; tw <= std::min(config.block_m, 256); tw *= 2)
+    for (int th = 1; th * tw <= config.block_m; th *= 2) {
+      const int td = config.block_m / (tw * th);
+      if (tw == 8 && th == 1 && td == 1) continue;
+      if (tw == 8 && th == 1) continue;  // a line of 16 spans two rows of the same plane
+      const int64_t tiles = ceil_div(g.lattice[0], td) * ceil_div(g.lattice[1], th) * ceil_div(g.lattice[2], tw);
+      const int64_t extent_d = int64_t{g.source_step[0]} * (td - 1) + 1, extent_h = int64_t{g.source_step[1]} * (th - 1) + 1;
+      if (extent_d > 4096 || extent_h > 4096) continue;
+      const Rows rows_d = rows_of(td, g.source_step[0], g.offset[0]), rows_h = rows_of(th, g.source_step[1], g.offset[1]);
+      const Columns columns = columns_of(tw, g.source_step[2], g.offset[2]);
+      const int64_t positions = static_cast<int64_t>(rows_d.relative.size() * rows_h.relative.size() * columns.base.size()) *
+                                columns.length;
+      const int64_t pitch = ceil_div(positions - 8, 32) * 32 + 8;
+      const std::size_t shared = static_cast<std::size_t>(config.stages) * config.block_k * pitch * 4;
+      if (shared + 1024 > device.shared_memory_per_block) continue;
+      // Partial lines of fewer than 32 words waste store and load slots.
+      const double cost = static_cast<double>(tiles) * (2.0 * config.block_m + static_cast<double>(positions)) *
+                          (1.0 + 4.0 / tw);
+      if (cost < best) {
+        best = cost;
+        g.tile[0] = td, g.tile[1] = th, g.tile[2] = tw;
+        g.rows[0] = rows_d, g.rows[1] = rows_h, g.columns = columns;
+        g.positions = static_cast<int>(positions);
+        g.pitch = static_cast<int>(std::max<int64_t>(pitch, 8));
+      }
+    }
+  if (best == std::numeric_limits<double>::max()) return refuse("no tile fits shared memory");
+  for (int dim = 0; dim < 3; ++dim) g.tiles[dim] = std::max<int64_t>(1, ceil_div(g.lattice[dim], g.tile[dim]));
+  const int row_words = static_cast<int>(g.columns.base.size()) * g.columns.length;
+  g.half = g.tile[2] >= 16 ? 8 : g.rows[1].step * row_words;
+  if (problem.layout == Layout::channels_last) {
+    g.out_pitch = g.wn + 8;
+    g.out_words = 16 * g.width_phases * g.out_pitch;
+  } else {
+    g.out_pitch = static_cast<int>(ceil_div(g.wm * g.width_phases, 16) * 16 + 4);
+    g.out_words = 8 * g.out_pitch;
+  }
+  g.shared_bytes = 4 * (static_cast<std::size_t>(config.stages) * config.block_k * g.pitch +
+                        static_cast<std::size_t>(config.warps) * g.out_words);
+  if (g.shared_bytes > device.shared_memory_per_block)
+    return refuse(std::to_string(g.shared_bytes) + " bytes of shared memory");
+  g.registers = std::min(255, accumulators + 4 * (g.wn / 8) * g.parts + 72);
+  const int by_registers = std::max(1, 65536 / (g.registers * g.threads));
+  const int by_shared =
+      std::max<int>(1, static_cast<int>(device.shared_memory_per_multiprocessor / (g.shared_bytes + 1024)));
+  g.blocks_per_multiprocessor = std::min({by_registers, by_shared, 2048 / g.threads, 16});
+  // 16-bit words with a full pipeline, or 3xTF32, gain nothing from more than that many blocks.
+  return g;
+}
+
+int64_t num_blocks(const Problem& problem, const Config& config, const Geometry& g) {
+  return g.tiles[0] * g.tiles[1] * g.tiles[2] * problem.batch * problem.groups * g.n_blocks *
+         (config.split ? static_cast<int64_t>(g.passes.size()) : 1);
+}
+
+std::size_t packed_words(const Problem& problem, const Config& config, const Geometry& g) {
+  return static_cast<std::size_t>(problem.groups) * g.n_blocks * g.warps_n * g.num_taps * g.chunks * (config.block_k / 8) *
+         g.parts * g.wn * 8;
+}
+
+Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config) {
+  Fit fit;
+  if (device.backend != Backend::cuda || device.compute_capability < 80) {
+    fit.refusal = "needs a CUDA device of compute capability 8.0 or later";
+    return fit;
+  }
+  thread_local Problem cached_problem;
+  thread_local Geometry cached_layer;
+  thread_local bool cached = false;
+  if (!cached || !(cached_problem == problem)) {
+    cached_layer = layer_geometry(problem);
+    cached_problem = problem;
+    cached = true;
+  }
+  if (problem.direction == Direction::forward && problem.batch * volume(problem.input) == 0 && cached_layer.refusal.empty()) {
+    fit.refusal = "empty input";
+    return fit;
+  }
+  const Geometry g = geometry(problem, device, config, cached_layer);
+  if (!g.refusal.empty()) {
+    fit.refusal = g.refusal;
+    return fit;
+  }
+  const int64_t blocks = num_blocks(problem, config, g);
+  if (blocks >= (int64_t{1} << 31)) {
+    fit.refusal = "more than 2^31 blocks";
+    return fit;
+  }
+  // Cycles of one multiprocessor. A mma.sync of 1024 word products takes 1 cycle at the wgmma peak and about 1.7 as
+  // mma.sync; fragments come at one shared-memory or L1 access of 128 bytes a cycle.
+  const double clock = device.tf32_tflops > 0 ? device.tf32_tflops * 1e12 / (2048.0 * 0.82) / device.multiprocessors : 1.5e9;
+  int64_t taps = 0;
+  for (const Pass& pass : g.passes)
+    for (const auto& list : pass.taps) taps += static_cast<int64_t>(list.size());
+  const double passes_in_block = config.split ? 1.0 : static_cast<double>(g.passes.size());
+  const double taps_in_block = config.split ? static_cast<double>(taps) / static_cast<double>(g.passes.size()) : static_cast<double>(taps);
+  const int lines = g.wm / 16, columns = g.wn / 8;
+  const double products = lines * columns * (g.parts == 2 ? 3.0 : 1.0) * 1.7;
+  const double accesses = 4.0 * lines + 2.0 * columns * g.parts;
+  const double issue = (lines * (10.0 * g.parts + columns * (g.parts == 2 ? 7.0 : 1.0)) + 12.0) / 4.0;
+  const double step = std::max({products, accesses, issue}) + 0.25 * std::min(products, accesses);
+  const double multiply = config.warps * taps_in_block * g.chunks * (config.block_k / 8) * step;
+  const double loads = (g.chunks == 1 ? 1.0 : passes_in_block * g.chunks) * config.block_k * g.positions;
+  const double load = loads / 32.0 * (g.per_word == 2 ? 3.0 : problem.layout == Layout::channels_last ? 2.5 : 1.2);
+  double math = 0;
+  for (const Op& op : epilogue.ops) math += is_norm(op.kind) ? 0 : op.kind == OpKind::gelu || op.kind == OpKind::mish ? 30 : 8;
+  const double results = static_cast<double>(config.block_m) * g.width_phases * passes_in_block * config.block_n;
+  const double store = results / 32.0 * (4.0 + math / 4.0) / (g.n_blocks * config.block_n > g.n ? 1.3 : 1.0);
+  const double rounds = std::ceil(static_cast<double>(blocks) / device.multiprocessors);
+  const double resident = std::min<double>(g.blocks_per_multiprocessor, static_cast<double>(blocks) / device.multiprocessors);
+  const double warps = std::max(1.0, resident) * config.warps;
+  const double latency = warps >= 12 ? 1.0 : 1.0 + (12.0 - warps) / 12.0;
+  const double compute = rounds * (multiply + load + store) * latency / clock * 1e6;
+  const double traffic = minimum_bytes(problem) / (device.bandwidth_tbs * 1e12 * 0.8) * 1e6;
+  const double cache = static_cast<double>(blocks) * (loads * 4.0 + taps_in_block * g.chunks * config.block_k * config.block_n * 4.0 * g.parts) /
+                       (device.bandwidth_tbs * 1e12 * 1.3) * 1e6;
+  fit.microseconds = std::max({compute, traffic, cache}) + 0.3 * std::min(compute, traffic) + 6.0;
+  fit.workspace_bytes = packed_words(problem, config, g) * 4;
+  fit.fused_ops = 0;
+  for (const Op& op : epilogue.ops) {
+    if (is_norm(op.kind)) break;
+    ++fit.fused_ops;
+  }
+  fit.fused_pre = false;
+  return fit;
+}
+
+std::vector<Unit> units(const Step& step) {
+  const Problem& problem = step.problem;
+  const Config& config = step.config;
+  const Geometry g = geometry(problem, step.device, config, layer_geometry(problem));
+  std::ostringstream shape;
+  shape << layer_prelude(step);
+  auto define = [&shape](const char* name, auto value) { shape << "#define " << name << ' ' << value << '\n'; };
+  define("PG_FORWARD", g.forward ? 1 : 0);
+  define("PG_K", g.k);
+  define("PG_N", g.n);
+  define("PG_NUM_TAPS", g.num_taps);
+  define("PG_WN", g.wn);
+  define("PG_PARTS", g.parts);
+  define("PG_K8", g.chunks * (config.block_k / 8));
+  define("PG_COLUMN_WARPS", g.n_blocks * g.warps_n);
+  const std::string pack = shape.str();
+  define("PG_SPLIT3", g.parts == 2 ? 1 : 0);
+  define("PG_TD", g.tile[0]);
+  define("PG_TH", g.tile[1]);
+  define("PG_TW", g.tile[2]);
+  define("PG_WM", g.wm);
+  define("PG_WARPS_M", g.warps_m);
+  define("PG_WARPS_N", g.warps_n);
+  define("PG_NBLOCKS", g.n_blocks);
+  define("PG_KC", config.block_k);
+  define("PG_CHUNKS", g.chunks);
+  define("PG_STAGES", config.stages);
+  define("PG_MIN_BLOCKS", g.blocks_per_multiprocessor);
+  define("PG_ASYNC", problem.dtype == DType::f32 ? 1 : 0);
+  define("PG_ND", g.rows[0].relative.size());
+  define("PG_NH", g.rows[1].relative.size());
+  define("PG_NPW", g.columns.base.size());
+  define("PG_JW", g.columns.length);
+  define("PG_PITCH", g.pitch);
+  define("PG_STEP_D", g.rows[0].step);
+  define("PG_STEP_H", g.rows[1].step);
+  define("PG_SRC_D", g.source_step[0]);
+  define("PG_SRC_H", g.source_step[1]);
+  define("PG_SRC_W", g.source_step[2]);
+  define("PG_OUT_D", g.result_step[0]);
+  define("PG_OUT_H", g.result_step[1]);
+  define("PG_OUT_W", g.result_step[2]);
+  define("PG_HALF", g.half);
+  define("PG_PW", g.width_phases);
+  define("PG_SLOTS", g.slots);
+  define("PG_SLOT", list(g.slot));
+  define("PG_NUM_PASSES", g.passes.size());
+  define("PG_PASS_PER_BLOCK", config.split);
+  define("PG_OUT_PITCH", g.out_pitch);
+  define("PG_OUT_WORDS", g.out_words);
+  define("PG_ROWS_D", list(g.rows[0].relative));
+  define("PG_ROWS_H", list(g.rows[1].relative));
+  define("PG_PLANES_W", list(g.columns.base));
+  std::vector<int> taps, begin{0}, phases;
+  const int row_words = static_cast<int>(g.columns.base.size()) * g.columns.length;
+  const int kh = static_cast<int>(problem.kernel[1]), kw = static_cast<int>(problem.kernel[2]);
+  for (const Pass& pass : g.passes) {
+    phases.insert(phases.end(), pass.phase, pass.phase + 3);
+    for (const auto& tap_list : pass.taps) {
+      for (int t : tap_list) {
+        taps.push_back(t);
+        taps.push_back((g.rows[0].tap_slot[t / kw / kh] * static_cast<int>(g.rows[1].relative.size()) +
+                        g.rows[1].tap_slot[t / kw % kh]) * row_words + g.columns.tap_word[t % kw]);
+      }
+      begin.push_back(static_cast<int>(taps.size()) / 2);
+    }
+  }
+  if (taps.empty()) taps = {0, 0};
+  define("PG_TAPS", list(taps));
+  define("PG_TAP_BEGIN", list(begin));
+  define("PG_PASS", list(phases));
+  return {{"phase_gemm_sm80.cu", "phase_gemm", shape.str(), g.threads, g.shared_bytes},
+          {"phase_gemm_pack.cu", "phase_gemm_pack", pack, 256, 0}};
+}
+
+// The launch needs only these numbers of the geometry; they are kept beside the functions.
+struct Ready : Loaded {
+  Geometry geometry;
+  int64_t blocks = 0;
+  unsigned packed = 0;
+};
+
+void prepare_launch(Step& step) {
+  prepare(step);
+  auto ready = std::make_shared<Ready>();
+  ready->functions = static_cast<const Loaded*>(step.state.get())->functions;
+  ready->geometry = geometry(step.problem, step.device, step.config, layer_geometry(step.problem));
+  ready->blocks = num_blocks(step.problem, step.config, ready->geometry);
+  ready->packed = static_cast<unsigned>(packed_words(step.problem, step.config, ready->geometry));
+  step.state = std::shared_ptr<Loaded>(ready);
+}
+
+void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
+  const Ready& ready = *static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()));
+  const Geometry& g = ready.geometry;
+  const Problem& problem = step.problem;
+  if (ready.blocks == 0) return;
+  {
+    const void* weight = tensors.weight;
+    void* packed = tensors.workspace;
+    unsigned total = ready.packed;
+    void* args[] = {&weight, &packed, &total};
+    launch(*ready.functions[1], {std::min(4096u, (total + 255) / 256)}, stream, args);
+  }
+  struct {
+    const void* source;
+    const void* weights;
+    const void* bias;
+    void* result;
+    long long source_plane, result_plane;
+    int source_size[3], result_size[3], tiles[3];
+    int batch, pair_stores;
+    const void* operands[kMaxOperands];
+  } args{};
+  const Dims output = output_size(problem);
+  const Dims& source = g.forward ? problem.input : output;
+  const Dims& result = g.forward ? output : problem.input;
+  args.source = g.forward ? tensors.input : tensors.grad_output;
+  args.weights = tensors.workspace;
+  args.bias = tensors.bias;
+  args.result = tensors.output;
+  args.source_plane = volume(source);
+  args.result_plane = volume(result);
+  for (int dim = 0; dim < 3; ++dim) {
+    args.source_size[dim] = static_cast<int>(source[dim]);
+    args.result_size[dim] = static_cast<int>(result[dim]);
+    args.tiles[dim] = static_cast<int>(g.tiles[dim]);
+  }
+  args.batch = static_cast<int>(problem.batch);
+  const bool aligned = reinterpret_cast<std::uintptr_t>(tensors.output) % 4 == 0;
+  args.pair_stores = aligned && (problem.layout == Layout::channels_last ? g.n % 2 == 0
+                                                                         : result[2] % 2 == 0 && g.width_phases == g.result_step[2]);
+  for (int i = 0; i < kMaxOperands; ++i) args.operands[i] = tensors.operands[i];
+  void* pointers[] = {&args};
+  launch(*ready.functions[0], {static_cast<unsigned>(ready.blocks)}, stream, pointers);
+}
+
+}  // namespace
+
+extern const Kernel phase_gemm_sm80;
+const Kernel phase_gemm_sm80{"phase_gemm_sm80", kConfigs, fit, units, prepare_launch, launch_step};
+
+}  // namespace tconv::cuda

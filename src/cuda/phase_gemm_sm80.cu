@@ -1,0 +1,359 @@
+// phase_gemm_sm80 — transposed convolution and its input gradient as tensor-core products over one staged tile.
+// Computes  result[b, n, o] = epilogue( sum over taps, k of source[b, k, position(o, tap)] * weight[k, n, tap] )
+//           forward: source = input, k = ci, n = co, o on the output grid (all phases of the tile)
+//           grad_input: source = grad_output, k = co, n = ci, o on the input grid, source positions stride apart
+// Method    a block stages the source rows of a tile of lattice positions once (planes of 4-byte words: one fp32 or two
+//           16-bit channels); every tap of every phase is then a shift of the same tile, so there is no im2col. Lines of
+//           16 positions are the rows of mma.sync, channels its columns; weights come packed in fragment order through
+//           L1. All width phases of a row are computed together and interleaved in shared memory before the store.
+// Refuses   fp64; pre-activations; tiles that do not fit (see phase_gemm_sm80.cpp)
+// Reads as  1 locate · 2 load · 3 multiply · 4 epilogue · 5 store
+// SPDX-License-Identifier: Apache-2.0
+#include "mma_sm80.cuh"
+
+// Tables of the layer, generated in the prelude: PG_TAPS {packed tap, word offset in the tile}, PG_TAP_BEGIN
+// [pass * PG_PW + width phase], PG_PASS {depth phase, height phase, first width phase}.
+__constant__ int pg_taps[] = {PG_TAPS};
+__constant__ int pg_tap_begin[] = {PG_TAP_BEGIN};
+__constant__ int pg_pass[] = {PG_PASS};
+__constant__ int pg_rows_d[] = {PG_ROWS_D};
+__constant__ int pg_rows_h[] = {PG_ROWS_H};
+__constant__ int pg_planes_w[] = {PG_PLANES_W};
+// Accumulator slot of a width phase of the pass, or -1 when no tap ever reaches it (its outputs are bias only).
+__device__ constexpr int pg_slot[] = {PG_SLOT};
+
+constexpr int kThreads = 32 * PG_WARPS_M * PG_WARPS_N;
+constexpr int kRowWords = PG_NPW * PG_JW;             // one staged row: width planes side by side
+constexpr int kPositions = PG_ND * PG_NH * kRowWords;  // words of one channel plane before padding
+constexpr int kPitch = PG_PITCH;                       // = 8 mod 32: the 4 x 8 pattern of a fragment hits 32 banks
+constexpr int kMTiles = PG_WM / 16;
+constexpr int kNTiles = PG_WN / 8;
+constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1;  // channels in a staged word
+constexpr int kParts = PG_SPLIT3 ? 2 : 1;                 // fp32 accuracy: weights as big + small
+constexpr int kFragment = PG_WN * 8;                      // packed words of one (tap, k8, part) for a warp's columns
+constexpr int kOutPitch = PG_OUT_PITCH;
+
+struct PhaseGemmArgs {
+  const storage_t* source;
+  const unsigned* weights;  // packed, see phase_gemm_pack.cu
+  const void* bias;
+  output_t* result;
+  long long source_plane;   // elements between channels (contiguous) or positions (channels_last: 1)
+  long long result_plane;
+  int source_d, source_h, source_w;
+  int result_d, result_h, result_w;
+  int tiles_d, tiles_h, tiles_w;
+  int batch;
+  int pair_stores;  // 16-bit: rows start on 4-byte boundaries
+  Operands operands;
+};
+
+// 2 load: one chunk of PG_KC words per position. Positions outside the source are zero.
+__device__ __forceinline__ void load_chunk(const PhaseGemmArgs& a, unsigned* tile, const storage_t* source, int chunk,
+                                           int d0, int h0, int w0) {
+#if TCONV_CHANNELS_LAST
+  // Lanes run along the channels, which are contiguous in memory.
+  const int k = threadIdx.x % PG_KC;
+  const int channel = (chunk * PG_KC + k) * kPerWord;
+#pragma unroll 4
+  for (int p = threadIdx.x / PG_KC; p < kPositions; p += kThreads / PG_KC) {
+    const int row = p / kRowWords, j = p % kRowWords;
+    const int d = d0 + pg_rows_d[row / PG_NH], h = h0 + pg_rows_h[row % PG_NH];
+    const int w = w0 + pg_planes_w[j / PG_JW] + (j % PG_JW) * PG_SRC_W;
+    const bool inside = (unsigned)d < (unsigned)a.source_d && (unsigned)h < (unsigned)a.source_h &&
+                        (unsigned)w < (unsigned)a.source_w && channel < PG_K;
+    const storage_t* from =
+        source + ((((long long)d * a.source_h + h) * a.source_w + w) * (PG_K * TCONV_GROUPS) + channel);
+#if PG_ASYNC
+    copy_async_4(tile + k * kPitch + p, inside ? from : source, inside);
+#else
+    unsigned word = 0;
+    if (inside) word = kPerWord == 1 ? word_of(from[0]) : pack_words(from[0], channel + 1 < PG_K ? from[1] : storage_t());
+    tile[k * kPitch + p] = word;
+#endif
+  }
+#else
+  // A thread owns a position and walks the channels, so bounds and addresses are worked out once per position.
+  constexpr int kLines = (kPositions + 31) / 32 * 32;
+  constexpr int kTeams = kThreads / kLines > 0 ? kThreads / kLines : 1;
+  constexpr int kLanes = kTeams > 1 ? kLines : kThreads;
+  const int team = kTeams > 1 ? threadIdx.x / kLines : 0;
+  if (team >= kTeams) return;
+  for (int p = kTeams > 1 ? threadIdx.x % kLines : threadIdx.x; p < kPositions; p += kLanes) {
+    const int row = p / kRowWords, j = p % kRowWords;
+    const int d = d0 + pg_rows_d[row / PG_NH], h = h0 + pg_rows_h[row % PG_NH];
+    const int w = w0 + pg_planes_w[j / PG_JW] + (j % PG_JW) * PG_SRC_W;
+    const bool inside = (unsigned)d < (unsigned)a.source_d && (unsigned)h < (unsigned)a.source_h &&
+                        (unsigned)w < (unsigned)a.source_w;
+    const storage_t* from = source + (inside ? ((long long)d * a.source_h + h) * a.source_w + w : 0) +
+                            (long long)(chunk * PG_KC + team) * kPerWord * a.source_plane;
+    unsigned* to = tile + team * kPitch + p;
+    const long long step = a.source_plane * kPerWord * kTeams;
+#if PG_ASYNC
+#pragma unroll 8
+    for (int k = team; k < PG_KC; k += kTeams) {
+      const bool valid = inside && (PG_K % PG_KC == 0 || chunk * PG_KC + k < PG_K);
+      copy_async_4(to, valid ? from : source, valid);
+      from += step;
+      to += kPitch * kTeams;
+    }
+#else
+#pragma unroll 8
+    for (int k = team; k < PG_KC; k += kTeams) {
+      const int channel = (chunk * PG_KC + k) * kPerWord;
+      unsigned word = 0;
+      if (inside && channel < PG_K) {
+        word = kPerWord == 1 ? word_of(from[0])
+                             : pack_words(from[0], channel + 1 < PG_K ? from[a.source_plane] : storage_t());
+      }
+      *to = word;
+      from += step;
+      to += kPitch * kTeams;
+    }
+#endif
+  }
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm(const PhaseGemmArgs a) {
+  extern __shared__ __align__(16) unsigned shared[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_m = warp % PG_WARPS_M, warp_n = warp / PG_WARPS_M;
+  const int quad = lane / 4, quarter = lane % 4;
+  float* const out_stage = reinterpret_cast<float*>(shared + PG_STAGES * PG_KC * kPitch) + warp * PG_OUT_WORDS;
+
+  // 1 locate: column blocks and passes of one tile are neighbours, so that they find its source in L2.
+  unsigned index = blockIdx.x;
+  const int column_block = index % PG_NBLOCKS;
+  index /= PG_NBLOCKS;
+  int pass_begin = 0, pass_end = PG_NUM_PASSES;
+  if (PG_PASS_PER_BLOCK) {
+    pass_begin = index % PG_NUM_PASSES;
+    pass_end = pass_begin + 1;
+    index /= PG_NUM_PASSES;
+  }
+  const int tile_w = index % a.tiles_w;
+  index /= a.tiles_w;
+  const int tile_h = index % a.tiles_h;
+  index /= a.tiles_h;
+  const int tile_d = index % a.tiles_d;
+  index /= a.tiles_d;
+  const int group = index % TCONV_GROUPS;
+  const long long b = index / TCONV_GROUPS;
+  const int q_d = tile_d * PG_TD, q_h = tile_h * PG_TH, q_w = tile_w * PG_TW;  // first lattice position
+  const long long source_volume = (long long)a.source_d * a.source_h * a.source_w;
+  const storage_t* source =
+      TCONV_CHANNELS_LAST ? a.source + b * source_volume * (PG_K * TCONV_GROUPS) + group * PG_K
+                          : a.source + (b * TCONV_GROUPS + group) * PG_K * source_volume;
+  const unsigned* weights = a.weights + (long long)((group * PG_NBLOCKS + column_block) * PG_WARPS_N + warp_n) *
+                                            (PG_NUM_TAPS * PG_CHUNKS * (PG_KC / 8) * kParts * kFragment);
+
+  // Word offset of the first position of each of the warp's lines of 16.
+  int line[kMTiles];
+#pragma unroll
+  for (int mi = 0; mi < kMTiles; ++mi) {
+    const int m = warp_m * PG_WM + mi * 16;
+    const int row = m / PG_TW;
+    line[mi] = (row / PG_TH) * (PG_STEP_D * PG_NH * kRowWords) + (row % PG_TH) * (PG_STEP_H * kRowWords) + m % PG_TW +
+               quarter * kPitch + quad;
+  }
+
+  float acc[PG_SLOTS][kMTiles][kNTiles][4];
+  const int num_passes = pass_end - pass_begin;
+  const int num_loads = PG_CHUNKS == 1 ? 1 : num_passes * PG_CHUNKS;
+#pragma unroll
+  for (int stage = 0; stage < PG_STAGES - 1; ++stage) {
+    if (stage < num_loads)
+      load_chunk(a, shared + stage * (PG_KC * kPitch), source, stage % PG_CHUNKS, q_d * PG_SRC_D, q_h * PG_SRC_H,
+                 q_w * PG_SRC_W);
+    copy_async_commit();
+  }
+  if (PG_STAGES == 1) {
+    load_chunk(a, shared, source, 0, q_d * PG_SRC_D, q_h * PG_SRC_H, q_w * PG_SRC_W);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+  }
+
+  int load = 0;
+  for (int pass = pass_begin; pass < pass_end; ++pass) {
+#pragma unroll
+    for (int s = 0; s < PG_SLOTS; ++s)
+#pragma unroll
+      for (int mi = 0; mi < kMTiles; ++mi)
+#pragma unroll
+        for (int ni = 0; ni < kNTiles; ++ni)
+#pragma unroll
+          for (int r = 0; r < 4; ++r) acc[s][mi][ni][r] = 0.f;
+
+    for (int chunk = 0; chunk < PG_CHUNKS; ++chunk) {
+      const unsigned* tile = shared;
+      if (PG_STAGES > 1) {
+        copy_async_wait<(PG_STAGES > 1 ? PG_STAGES - 2 : 0)>();
+        __syncthreads();  // the chunk is visible to all, and all have left the stage that is overwritten next
+        const int next = load + PG_STAGES - 1;
+        if (next < num_loads)
+          load_chunk(a, shared + (next % PG_STAGES) * (PG_KC * kPitch), source, next % PG_CHUNKS, q_d * PG_SRC_D,
+                     q_h * PG_SRC_H, q_w * PG_SRC_W);
+        copy_async_commit();
+        tile = shared + (load % PG_STAGES) * (PG_KC * kPitch);
+        ++load;
+      }
+
+      // 3 multiply
+#pragma unroll
+      for (int rw = 0; rw < PG_PW; ++rw) {
+        if (pg_slot[rw] < 0) continue;
+        const int tap_end = pg_tap_begin[pass * PG_PW + rw + 1];
+        int tap = pg_tap_begin[pass * PG_PW + rw];
+        if (tap == tap_end) continue;
+        WeightFragments<kNTiles, kParts> current;
+        const unsigned* next_weights =
+            weights + (pg_taps[2 * tap] * PG_CHUNKS + chunk) * ((PG_KC / 8) * kParts * kFragment);
+        current.load(next_weights, lane);
+        for (; tap < tap_end; ++tap) {
+          const unsigned* x = tile + pg_taps[2 * tap + 1];
+#pragma unroll
+          for (int k8 = 0; k8 < PG_KC / 8; ++k8) {
+            // The next fragments travel from L1 or L2 behind this step's products.
+            WeightFragments<kNTiles, kParts> following = current;
+            if (k8 + 1 < PG_KC / 8) {
+              next_weights += kParts * kFragment;
+              following.load(next_weights, lane);
+            } else if (tap + 1 < tap_end) {
+              next_weights = weights + (pg_taps[2 * tap + 2] * PG_CHUNKS + chunk) * ((PG_KC / 8) * kParts * kFragment);
+              following.load(next_weights, lane);
+            }
+#pragma unroll
+            for (int mi = 0; mi < kMTiles; ++mi) {
+              const unsigned* at = x + line[mi] + k8 * (8 * kPitch);
+              const unsigned raw[4] = {at[0], at[PG_HALF], at[4 * kPitch], at[4 * kPitch + PG_HALF]};
+              multiply_line<kNTiles>(acc[pg_slot[rw]][mi], raw, current);
+            }
+            current = following;
+          }
+        }
+      }
+    }
+
+    // 4 epilogue and 5 store: through the warp's own stage, so that a store instruction writes whole lines.
+    const int phase_d = pg_pass[3 * pass], phase_h = pg_pass[3 * pass + 1], phase_w = pg_pass[3 * pass + 2];
+    const int n_first = (column_block * PG_WARPS_N + warp_n) * PG_WN;
+#if TCONV_CHANNELS_LAST
+#pragma unroll
+    for (int mi = 0; mi < kMTiles; ++mi) {
+      __syncwarp();
+#pragma unroll
+      for (int rw = 0; rw < PG_PW; ++rw) {
+#pragma unroll
+        for (int ni = 0; ni < kNTiles; ++ni) {
+          const int s = pg_slot[rw] < 0 ? 0 : pg_slot[rw];
+          const bool live = pg_slot[rw] >= 0;
+          float* to = out_stage + (quad * PG_PW + rw) * kOutPitch + ni * 8 + quarter * 2;
+          to[0] = live ? acc[s][mi][ni][0] : 0.f;
+          to[1] = live ? acc[s][mi][ni][1] : 0.f;
+          to[8 * PG_PW * kOutPitch] = live ? acc[s][mi][ni][2] : 0.f;
+          to[8 * PG_PW * kOutPitch + 1] = live ? acc[s][mi][ni][3] : 0.f;
+        }
+      }
+      __syncwarp();
+      constexpr int kPerStore = sizeof(output_t) == 2 ? 2 : 1;
+      for (int e = lane * kPerStore; e < 16 * PG_PW * PG_WN; e += 32 * kPerStore) {
+        const int column = e % PG_WN, position = e / PG_WN;
+        const int m = warp_m * PG_WM + mi * 16 + position / PG_PW, row = m / PG_TW;
+        const int od = (q_d + row / PG_TH) * PG_OUT_D + phase_d, oh = (q_h + row % PG_TH) * PG_OUT_H + phase_h;
+        const int ow = (q_w + m % PG_TW) * PG_OUT_W + phase_w + position % PG_PW;
+        const int n = n_first + column;
+        if (od >= a.result_d || oh >= a.result_h || ow >= a.result_w || n >= PG_N) continue;
+        const int channel = group * PG_N + n;
+        const long long element =
+            (((b * a.result_d + od) * a.result_h + oh) * a.result_w + ow) * (PG_N * TCONV_GROUPS) + channel;
+        const float* from = out_stage + position * kOutPitch + column;
+        float value = from[0];
+        value += tconv_bias(a.bias, channel);
+        const output_t first = narrow<output_t>(tconv_epilogue<float>(value, channel, element, a.operands));
+        if (kPerStore == 2 && n + 1 < PG_N) {
+          float other = from[1];
+          other += tconv_bias(a.bias, channel + 1);
+          const output_t second = narrow<output_t>(tconv_epilogue<float>(other, channel + 1, element + 1, a.operands));
+          if (a.pair_stores) {
+            *reinterpret_cast<unsigned*>(a.result + element) = pack_words(first, second);
+          } else {
+            a.result[element] = first;
+            a.result[element + 1] = second;
+          }
+        } else {
+          a.result[element] = first;
+        }
+      }
+    }
+#else
+    constexpr int kSegment = PG_WM < PG_TW ? PG_WM : PG_TW;  // the warp's positions within one row
+    constexpr int kSegments = PG_WM / kSegment;
+    constexpr int kLength = kSegment * PG_PW;
+#pragma unroll
+    for (int ni = 0; ni < kNTiles; ++ni) {
+      if (n_first + ni * 8 >= PG_N) break;
+      __syncwarp();
+#pragma unroll
+      for (int rw = 0; rw < PG_PW; ++rw) {
+#pragma unroll
+        for (int mi = 0; mi < kMTiles; ++mi) {
+          const int s = pg_slot[rw] < 0 ? 0 : pg_slot[rw];
+          const bool live = pg_slot[rw] >= 0;
+          float* to = out_stage + quarter * 2 * kOutPitch + (mi * 16 + quad) * PG_PW + rw;
+          to[0] = live ? acc[s][mi][ni][0] : 0.f;
+          to[kOutPitch] = live ? acc[s][mi][ni][1] : 0.f;
+          to[8 * PG_PW] = live ? acc[s][mi][ni][2] : 0.f;
+          to[kOutPitch + 8 * PG_PW] = live ? acc[s][mi][ni][3] : 0.f;
+        }
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int segment = 0; segment < kSegments; ++segment) {
+        const int m = warp_m * PG_WM + segment * kSegment, row = m / PG_TW;
+        const int od = (q_d + row / PG_TH) * PG_OUT_D + phase_d, oh = (q_h + row % PG_TH) * PG_OUT_H + phase_h;
+        if (od >= a.result_d || oh >= a.result_h) continue;
+        const int ow_first = (q_w + m % PG_TW) * PG_OUT_W + phase_w;
+        const float* from = out_stage + segment * kLength;
+        const int channel_first = group * PG_N + n_first + ni * 8;
+        long long element_first =
+            (b * (PG_N * TCONV_GROUPS) + channel_first) * a.result_plane + ((long long)od * a.result_h + oh) * a.result_w;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          if (n_first + ni * 8 + c < PG_N) {
+            const int channel = channel_first + c;
+            const float bias = tconv_bias(a.bias, channel);
+            if (sizeof(output_t) == 2 && PG_PW == PG_OUT_W && kLength % 2 == 0 && a.pair_stores) {
+#pragma unroll
+              for (int x = 0; x < kLength; x += 64) {
+                const int at = x + lane * 2, ow = ow_first + at;
+                if (at < kLength && ow < a.result_w) {
+                  const long long element = element_first + ow;
+                  const output_t first =
+                      narrow<output_t>(tconv_epilogue<float>(from[c * kOutPitch + at] + bias, channel, element, a.operands));
+                  const output_t second =
+                      narrow<output_t>(tconv_epilogue<float>(from[c * kOutPitch + at + 1] + bias, channel, element + 1, a.operands));
+                  *reinterpret_cast<unsigned*>(a.result + element) = pack_words(first, second);
+                }
+              }
+            } else {
+#pragma unroll
+              for (int x = 0; x < kLength; x += 32) {
+                const int at = x + lane;
+                const int ow = PG_PW == PG_OUT_W ? ow_first + at : ow_first + at / PG_PW * PG_OUT_W + at % PG_PW;
+                if (at < kLength && ow < a.result_w && (PG_PW == PG_OUT_W || phase_w + at % PG_PW < PG_OUT_W)) {
+                  const long long element = element_first + ow;
+                  a.result[element] =
+                      narrow<output_t>(tconv_epilogue<float>(from[c * kOutPitch + at] + bias, channel, element, a.operands));
+                }
+              }
+            }
+          }
+          element_first += a.result_plane;
+        }
+      }
+    }
+#endif
+  }
+}
