@@ -1,0 +1,317 @@
+// simd.h — vectors, their mathematics, and rows of any dtype, for files that are compiled once per target.
+//
+// GCC/Clang vector extensions: one source for AVX-512, AVX2 and 16-byte portable vectors. Everything here has internal
+// linkage, and nothing here instantiates inline functions of the standard library: the linker merges those across
+// objects and might keep the copy that was compiled for a larger instruction set.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "tconv/epilogue.h"
+
+#define TCONV_INLINE inline __attribute__((always_inline))
+
+namespace tconv::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+inline constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVecBytes = 32;
+#else
+inline constexpr int kVecBytes = 16;
+#endif
+
+typedef float VecF __attribute__((vector_size(kVecBytes)));
+typedef double VecD __attribute__((vector_size(kVecBytes)));
+typedef int32_t VecI __attribute__((vector_size(kVecBytes)));
+
+template <class S>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = VecF;
+};
+template <>
+struct VecOf<double> {
+  using type = VecD;
+};
+template <class S>
+using Vec = typename VecOf<S>::type;
+template <class S>
+inline constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(S));
+
+template <class S>
+TCONV_INLINE Vec<S> load(const S* p) {
+  Vec<S> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class S>
+TCONV_INLINE void store(S* p, Vec<S> v) {
+  memcpy(p, &v, sizeof v);
+}
+template <class S>
+TCONV_INLINE Vec<S> splat(S x) {
+  return x - Vec<S>{};
+}
+// A row operand: one value for the whole row (step 0) or one per element (step 1).
+template <class S>
+TCONV_INLINE Vec<S> fetch(const S* p, int step, int64_t i) {
+  return step ? load(p + i) : splat(*p);
+}
+
+template <class To, class From>
+TCONV_INLINE To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Sum of the lanes, in a fixed tree.
+template <class S>
+TCONV_INLINE S reduce(Vec<S> v) {
+  S lanes[kLanes<S>];
+  memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes<S> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// ---- Elementary functions, fp32: polynomials fitted to a relative error below 1e-8, evaluated in fp32 -----------------
+
+TCONV_INLINE VecF absolute(VecF x) { return bits_of<VecF>(bits_of<VecI>(x) & 0x7fffffff); }
+TCONV_INLINE VecF with_sign_of(VecF magnitude, VecF sign) {
+  return bits_of<VecF>(bits_of<VecI>(magnitude) | (bits_of<VecI>(sign) & static_cast<int32_t>(0x80000000u)));
+}
+
+// 2^k * e^r with |r| <= ln(2)/2. The power is applied in two halves, so that results overflow and underflow gradually.
+TCONV_INLINE VecF tconv_exp(VecF x) {
+  x = x < -104.0f ? splat(-104.0f) : x;
+  x = x > 89.0f ? splat(89.0f) : x;
+  const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's low bits are the rounded integer
+  VecF n = x * 1.44269504f + magic;
+  const VecI k = bits_of<VecI>(n) - bits_of<VecI>(magic);
+  n -= magic;
+  VecF r = x - n * 0.693359375f;  // 10 bits of ln(2): exact products
+  r = r + n * 2.12194440e-4f;
+  VecF q = splat(1.39411e-3f);
+  q = q * r + 8.3632e-3f;
+  q = q * r + 4.166637e-2f;
+  q = q * r + 1.6666577e-1f;
+  q = q * r + 0.5f;
+  const VecF p = (q * r) * r + r + 1.0f;
+  const VecI half = k >> 1;
+  return p * bits_of<VecF>((half + 127) << 23) * bits_of<VecF>((k - half + 127) << 23);
+}
+
+// x * P(x^2) below 1; above it 1 - exp(Q(|x|)), with Q fitted to log(erfc).
+TCONV_INLINE VecF tconv_erf(VecF x) {
+  const VecF t0 = absolute(x);
+  const VecF t = t0 > 4.0f ? splat(4.0f) : t0;  // erf(4) rounds to 1
+  const VecF z = x * x;
+  VecF p = splat(7.85385965e-05f);
+  p = p * z - 8.01019311e-04f;
+  p = p * z + 5.18832763e-03f;
+  p = p * z - 2.68538119e-02f;
+  p = p * z + 1.12835851e-01f;
+  p = p * z - 3.76126258e-01f;
+  p = p * z + 1.12837917f;
+  VecF q = splat(-2.14455478e-05f);
+  q = q * t + 4.38529726e-04f;
+  q = q * t - 4.19085473e-03f;
+  q = q * t + 2.51718060e-02f;
+  q = q * t - 1.08361548e-01f;
+  q = q * t - 6.33272418e-01f;
+  q = q * t - 1.12955204f;
+  q = q * t + 1.82459786e-04f;
+  const VecF tail = with_sign_of(1.0f - tconv_exp(q), x);
+  return t0 < 1.0f ? x * p : tail;
+}
+
+TCONV_INLINE VecF tconv_tanh(VecF x) {
+  const VecF z = x * x;
+  VecF p = splat(-0.0060622f);
+  p = p * z + 0.02097499f;
+  p = p * z - 0.05384669f;
+  p = p * z + 0.13332746f;
+  p = p * z - 0.33333329f;
+  const VecF near = x + x * (z * p);
+  const VecF far = with_sign_of(1.0f - 2.0f / (tconv_exp(2.0f * absolute(x)) + 1.0f), x);
+  return z < 0.4f ? near : far;
+}
+
+// log(1 + x) = log(u) + (what u = 1 + x lost to rounding) / u; log by 2 atanh((m - 1) / (m + 1)).
+TCONV_INLINE VecF tconv_log1p(VecF x) {
+  const VecF u = 1.0f + x;
+  const VecI shifted = bits_of<VecI>(u) - 0x3f3504f3;  // so that m lies in [sqrt(1/2), sqrt(2))
+  const VecI k = shifted >> 23;
+  const VecF m = bits_of<VecF>(bits_of<VecI>(u) - (k << 23));
+  const VecF s = (m - 1.0f) / (m + 1.0f);
+  const VecF z = s * s;
+  VecF p = splat(2.0f / 9);
+  p = p * z + 2.0f / 7;
+  p = p * z + 2.0f / 5;
+  p = p * z + 2.0f / 3;
+  p = p * z + 2.0f;
+  const VecF kf = __builtin_convertvector(k, VecF);
+  const VecF log_u = kf * 0.693359375f + (s * p - kf * 2.12194440e-4f);
+  const VecF result = log_u + (x - (u - 1.0f)) / u;
+  return u < __builtin_inff() ? result : u;  // NaN and infinity as they are
+}
+
+#define TCONV_LANEWISE(name, function)                                  \
+  TCONV_INLINE VecD name(VecD x) {                                      \
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = function(x[i]);     \
+    return x;                                                           \
+  }
+TCONV_LANEWISE(tconv_exp, ::exp)
+TCONV_LANEWISE(tconv_erf, ::erf)
+TCONV_LANEWISE(tconv_tanh, ::tanh)
+TCONV_LANEWISE(tconv_log1p, ::log1p)
+#undef TCONV_LANEWISE
+
+// ---- Rows: n elements of a dtype to and from arithmetic type S --------------------------------------------------------
+
+typedef uint16_t VecH __attribute__((vector_size(kVecBytes / 2)));
+
+TCONV_INLINE VecF from_bfloat(VecH h) {
+  typedef uint32_t VecU __attribute__((vector_size(kVecBytes)));
+  return bits_of<VecF>(__builtin_convertvector(h, VecU) << 16);
+}
+TCONV_INLINE VecH to_bfloat(VecF x) {
+  const VecI bits = bits_of<VecI>(x);
+  const VecI rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const VecI quiet = (bits >> 16) | 0x40;
+  return __builtin_convertvector(x == x ? rounded : quiet, VecH);
+}
+TCONV_INLINE VecF from_half(VecH h) {
+#if defined(__AVX512F__)
+  return bits_of<VecF>(_mm512_maskz_cvtph_ps(0xffff, bits_of<__m256i>(h)));
+#elif defined(__AVX2__)
+  return bits_of<VecF>(_mm256_cvtph_ps(bits_of<__m128i>(h)));
+#else
+  typedef uint32_t VecU __attribute__((vector_size(kVecBytes)));
+  const VecI wide = bits_of<VecI>(__builtin_convertvector(h, VecU));
+  const VecI magnitude = (wide & 0x7fff) << 13;
+  const VecI scaled = bits_of<VecI>(bits_of<VecF>(magnitude) * 0x1p112f);  // moves the exponent; exact for subnormals
+  const VecI special = magnitude | 0x7f800000;
+  const VecI value = (wide & 0x7c00) == 0x7c00 ? special : scaled;
+  return bits_of<VecF>(value | ((wide & 0x8000) << 16));
+#endif
+}
+TCONV_INLINE VecH to_half(VecF x) {
+#if defined(__AVX512F__)
+  return bits_of<VecH>(_mm512_maskz_cvtps_ph(0xffff, bits_of<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  return bits_of<VecH>(_mm256_cvtps_ph(bits_of<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const VecI bits = bits_of<VecI>(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  const VecI normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 puts units of 2^-24 at the end of the mantissa, where the addition itself rounds to nearest even.
+  const VecI small = bits_of<VecI>(bits_of<VecF>(magnitude) + 0.5f) - 0x3f000000;
+  VecI half = magnitude < 0x38800000 ? small : normal;
+  half = magnitude >= 0x477ff000 ? VecI{} + 0x7c00 : half;  // 65520 and above
+  half = magnitude > 0x7f800000 ? VecI{} + 0x7e00 : half;
+  return __builtin_convertvector(half | sign, VecH);
+#endif
+}
+
+// May write up to one vector beyond dst[n - 1]; reads src exactly.
+TCONV_INLINE void load_row(const void* src, DType dtype, int64_t index, int64_t n, float* dst) {
+  if (dtype == DType::f32) {
+    memcpy(dst, static_cast<const float*>(src) + index, static_cast<size_t>(n) * sizeof(float));
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(src) + index;
+  for (int64_t i = 0; i < n; i += kLanes<float>) {
+    VecH h{};
+    if (i + kLanes<float> <= n)
+      memcpy(&h, from + i, sizeof h);
+    else
+      memcpy(&h, from + i, static_cast<size_t>(n - i) * 2);
+    store(dst + i, dtype == DType::f16 ? from_half(h) : from_bfloat(h));
+  }
+}
+TCONV_INLINE void load_row(const void* src, DType, int64_t index, int64_t n, double* dst) {
+  memcpy(dst, static_cast<const double*>(src) + index, static_cast<size_t>(n) * sizeof(double));
+}
+// Writes dst exactly; may read up to one vector beyond src[n - 1].
+TCONV_INLINE void store_row(const float* src, void* dst, DType dtype, int64_t index, int64_t n) {
+  if (dtype == DType::f32) {
+    memcpy(static_cast<float*>(dst) + index, src, static_cast<size_t>(n) * sizeof(float));
+    return;
+  }
+  uint16_t* to = static_cast<uint16_t*>(dst) + index;
+  for (int64_t i = 0; i < n; i += kLanes<float>) {
+    const VecH h = dtype == DType::f16 ? to_half(load(src + i)) : to_bfloat(load(src + i));
+    if (i + kLanes<float> <= n)
+      memcpy(to + i, &h, sizeof h);
+    else
+      memcpy(to + i, &h, static_cast<size_t>(n - i) * 2);
+  }
+}
+TCONV_INLINE void store_row(const double* src, void* dst, DType, int64_t index, int64_t n) {
+  memcpy(static_cast<double*>(dst) + index, src, static_cast<size_t>(n) * sizeof(double));
+}
+
+// ---- Pointwise operations over rows; buffers are padded to whole vectors ----------------------------------------------
+
+// x[i] = op(x[i], v).
+template <class S>
+void apply_pointwise(OpKind kind, S scalar_a, S scalar_b, const S* operand, int step, S* row, int64_t n) {
+  const Vec<S> a = splat(scalar_a), b = splat(scalar_b);
+  static_cast<void>(a), static_cast<void>(b);
+#define T(...) splat(static_cast<S>(__VA_ARGS__))
+  switch (kind) {
+#define POINTWISE(name, operand_kind, scalars, value, d_x, d_v)                             \
+  case OpKind::name:                                                                        \
+    for (int64_t i = 0; i < n; i += kLanes<S>) {                                            \
+      const Vec<S> x = load(row + i);                                                       \
+      [[maybe_unused]] const Vec<S> v = operand ? fetch(operand, step, i) : Vec<S>{};       \
+      store(row + i, value);                                                                \
+    }                                                                                       \
+    break;
+#define NORM(name, ...) \
+  case OpKind::name:    \
+    break;
+#include "tconv/epilogue.def"
+  }
+#undef T
+}
+
+// gradient[i] *= d_x; operand_gradient[i] = gradient[i] * d_v when it is wanted. row: the values before the operation.
+template <class S>
+void reverse_pointwise(OpKind kind, S scalar_a, S scalar_b, const S* operand, int step, const S* row, S* gradient,
+                       S* operand_gradient, int64_t n) {
+  const Vec<S> a = splat(scalar_a), b = splat(scalar_b);
+  static_cast<void>(a), static_cast<void>(b);
+#define T(...) splat(static_cast<S>(__VA_ARGS__))
+  switch (kind) {
+#define POINTWISE(name, operand_kind, scalars, value, d_x, d_v)                             \
+  case OpKind::name:                                                                        \
+    for (int64_t i = 0; i < n; i += kLanes<S>) {                                            \
+      [[maybe_unused]] const Vec<S> x = load(row + i);                                      \
+      [[maybe_unused]] const Vec<S> v = operand ? fetch(operand, step, i) : Vec<S>{};       \
+      const Vec<S> g = load(gradient + i);                                                  \
+      if (operand_gradient) store(operand_gradient + i, g * (d_v));                         \
+      store(gradient + i, g * (d_x));                                                       \
+    }                                                                                       \
+    break;
+#define NORM(name, ...) \
+  case OpKind::name:    \
+    break;
+#include "tconv/epilogue.def"
+  }
+#undef T
+}
+
+}  // namespace
+}  // namespace tconv::cpu
