@@ -1,22 +1,364 @@
-// tconv.cpp — the command line tool: plan.
+// tconv.cpp — the command line tool: plan, check, time, compile.
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
+#include <fstream>
+#include <map>
+#include <mutex>
+#include <random>
+#include <set>
+#include <stdexcept>
 #include <string>
+#include <thread>
+#include <vector>
 
+#include "check.h"
+#include "cuda/driver.h"
+#include "memory.h"
 #include "planner.h"
 
-int main(int argc, char** argv) try {
-  if (argc < 3 || std::string(argv[1]) != "plan") {
-    std::fprintf(stderr, "usage: tconv plan \"<problem>\"\n");
-    return 2;
+namespace tconv::bench {
+namespace {
+
+constexpr const char* kUsage = R"(usage: tconv <command> [options] ["<problem>" ...]
+
+  plan     every kernel with its predicted cost or its reason to refuse
+  check    every kernel and config that fits, against the reference
+  time     median time of the chosen plan, as rates and as a share of the device's floor
+  compile  every device source that fits, for an architecture; needs no GPU
+
+A problem reads `2d b8 c64>64 i32x64 t3x3 s2 p1 op1 d1 g1 f32 channels_last grad_input tf32 | bias gelu group_norm(8)`.
+
+options
+  --problems FILE    one problem a line, after those on the command line; # starts a comment
+  --device NAME      cpu, cuda, cuda:1 (this machine), or for plan and compile one of h200 a100 cpu_avx512 cpu_avx2
+                     cpu_portable. Default: cpu; check also runs on cuda when there is one
+  --only NAME        a kernel, or kernel:config
+  --arch ARCH        compile: sm_80, sm_90a ... Default: that of the device
+  --jobs N           compile: how many at once. Default: all cores
+  --reduce PRODUCTS  check: shrink batch and sizes until a problem has about so many multiply-adds
+  --runs N           time: how many runs. Default: as many as take about a second, at least 5
+  --threads N        time: CPU threads. Default: all cores
+  --seed N           check: of the random data. Default: a new one
+)";
+
+struct Options {
+  std::string command, device, only, arch;
+  std::vector<std::string> problems;
+  double reduce = 0;
+  int jobs = 0, runs = 0, threads = 0;
+  std::uint64_t seed = 0;
+  bool have_seed = false;
+};
+
+struct UsageError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+void read_problems(const std::string& path, std::vector<std::string>& problems) {
+  std::ifstream file(path);
+  if (!file) throw UsageError("cannot read " + path);
+  for (std::string line; std::getline(file, line);) {
+    line = line.substr(0, line.find('#'));
+    if (line.find_first_not_of(" \t\r") != std::string::npos) problems.push_back(line);
   }
-  const auto [problem, epilogue] = tconv::parse_problem_and_epilogue(argv[2]);
-  const tconv::Device device = tconv::cpu_device();
-  const tconv::Plan plan = tconv::make_plan(problem, epilogue, device, {}, tconv::kernels(device.backend));
-  std::fputs(tconv::explain(plan).c_str(), stdout);
-  return 0;
-} catch (const std::exception& error) {
-  std::fprintf(stderr, "tconv: %s\n", error.what());
-  return 1;
 }
+
+Options parse_options(int argc, char** argv) {
+  Options options;
+  if (argc < 2) throw UsageError("a command is missing");
+  options.command = argv[1];
+  std::vector<std::string> files;
+  for (int i = 2; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (!argument.starts_with("--")) {
+      options.problems.push_back(argument);
+      continue;
+    }
+    if (i + 1 == argc) throw UsageError(argument + " needs a value");
+    const std::string value = argv[++i];
+    if (argument == "--problems") {
+      files.push_back(value);
+    } else if (argument == "--device") {
+      options.device = value;
+    } else if (argument == "--only") {
+      options.only = value;
+    } else if (argument == "--arch") {
+      options.arch = value;
+    } else if (argument == "--jobs") {
+      options.jobs = std::atoi(value.c_str());
+    } else if (argument == "--reduce") {
+      options.reduce = std::atof(value.c_str());
+    } else if (argument == "--runs") {
+      options.runs = std::atoi(value.c_str());
+    } else if (argument == "--threads") {
+      options.threads = std::atoi(value.c_str());
+    } else if (argument == "--seed") {
+      options.seed = std::strtoull(value.c_str(), nullptr, 10);
+      options.have_seed = true;
+    } else {
+      throw UsageError("unknown option " + argument);
+    }
+  }
+  for (const std::string& file : files) read_problems(file, options.problems);
+  if (options.problems.empty()) throw UsageError("a problem is missing");
+  return options;
+}
+
+Device find_device(const std::string& name) {
+  if (name.empty() || name == "cpu") return cpu_device();
+  if (name == "cuda") return cuda_device(0);
+  if (name.starts_with("cuda:")) return cuda_device(std::atoi(name.c_str() + 5));
+  return known_device(name);
+}
+
+int run_plan(const Options& options) {
+  const Device device = find_device(options.device);
+  for (const std::string& line : options.problems) {
+    const auto [problem, epilogue] = parse_problem_and_epilogue(line);
+    const Plan plan = make_plan(problem, epilogue, device, options.only, kernels(device.backend));
+    std::fputs(explain(plan).c_str(), stdout);
+  }
+  return 0;
+}
+
+int run_check(const Options& options) {
+  std::vector<Device> devices;
+  if (!options.device.empty()) {
+    devices.push_back(find_device(options.device));
+  } else {
+    devices.push_back(cpu_device());
+    if (cuda_device_count() > 0) devices.push_back(cuda_device(0));
+  }
+  CheckOptions check_options;
+  check_options.only = options.only;
+  check_options.max_products = options.reduce;
+  check_options.seed = options.have_seed ? options.seed : std::random_device{}();
+  std::size_t checked = 0, failed = 0;
+  for (const std::string& line : options.problems) {
+    const auto [problem, epilogue] = parse_problem_and_epilogue(line);
+    for (const Device& device : devices) {
+      for (const CheckResult& result : check(problem, epilogue, device, check_options)) {
+        ++checked;
+        failed += !result.failure.empty();
+        std::printf("%s  %-44s %5.1f %% of tolerance  %s\n", result.failure.empty() ? "ok  " : "FAIL",
+                    result.kernel.c_str(), 100 * result.worst, to_string(problem, epilogue).c_str());
+        if (!result.failure.empty()) std::printf("  %s\n", result.failure.c_str());
+      }
+    }
+    std::fflush(stdout);
+  }
+  std::printf("%zu of %zu passed\n", checked - failed, checked);
+  if (checked == 0) throw UsageError("no kernel was checked");
+  return failed > 0;
+}
+
+// The least time a device needs: each tensor moved once, or the products at its highest rate.
+double floor_seconds(const Problem& problem, const Device& device) {
+  double tflops = problem.dtype == DType::f64 ? device.fp64_tflops : device.fp32_tflops;
+  if (problem.dtype == DType::f32 && problem.precision == Precision::tf32) tflops = std::max(tflops, device.tf32_tflops);
+  if (size_of(problem.dtype) == 2) tflops = std::max(tflops, device.f16_tflops);
+  return std::max(minimum_bytes(problem) / (device.bandwidth_tbs * 1e12), useful_flops(problem) / (tflops * 1e12));
+}
+
+int run_time(const Options& options) {
+  const Device device = find_device(options.device);
+  std::printf("%10s %9s %10s %8s %10s  %s\n", "median ms", "GB/s", "GFLOP/s", "floor", "predicted", "kernel, problem");
+  for (const std::string& line : options.problems) {
+    const auto [problem, epilogue] = parse_problem_and_epilogue(line);
+    const auto chosen = plan(problem, epilogue, device, options.only);
+    if (chosen->steps.empty()) {
+      std::printf("%10s %9s %10s %8s %10s  nothing to do, %s\n", "-", "-", "-", "-", "-", line.c_str());
+      continue;
+    }
+    // Uniform data in [0, 1): rates must not depend on zeros or denormals.
+    const std::size_t element = size_of(problem.dtype);
+    const std::int64_t largest =
+        std::max({input_elements(problem), output_elements(problem), weight_elements(problem), problem.out_channels});
+    std::vector<std::byte> random(static_cast<std::size_t>(largest) * element);
+    std::mt19937 generator(1);
+    std::uniform_real_distribution<double> uniform(0, 1);
+    for (std::int64_t i = 0; i < largest; ++i) {
+      const double value = uniform(generator);
+      if (problem.dtype == DType::f64) {
+        reinterpret_cast<double*>(random.data())[i] = value;
+      } else if (problem.dtype == DType::f32) {
+        reinterpret_cast<float*>(random.data())[i] = static_cast<float>(value);
+      } else {  // 0.5 to 1 in both 16-bit formats
+        const std::uint16_t base = problem.dtype == DType::f16 ? 0x3800 : 0x3f00;
+        reinterpret_cast<std::uint16_t*>(random.data())[i] = static_cast<std::uint16_t>(base | (generator() & 0x7f));
+      }
+    }
+    std::vector<Guarded> buffers;
+    const auto buffer = [&](std::int64_t elements, std::size_t size, bool fill) -> void* {
+      buffers.emplace_back(device, static_cast<std::size_t>(elements) * size);
+      if (fill) buffers.back().write(random.data());
+      return buffers.back().data();
+    };
+    Tensors tensors;
+    const bool chain_only = problem.direction == Direction::epilogue || problem.direction == Direction::grad_epilogue;
+    const std::size_t output_element = size_of(epilogue.output_dtype.value_or(problem.dtype));
+    tensors.input = buffer(chain_only ? output_elements(problem) : input_elements(problem), element, true);
+    tensors.weight = buffer(weight_elements(problem), element, true);
+    tensors.bias = buffer(problem.out_channels, element, true);
+    if (problem.direction != Direction::forward && problem.direction != Direction::epilogue) {
+      // fp32 gradients of a 16-bit problem are poison, which costs the same
+      tensors.grad_output = buffer(output_elements(problem), chain_only ? output_element : element,
+                                   !chain_only || output_element == element);
+    }
+    switch (problem.direction) {
+      case Direction::forward:
+      case Direction::epilogue:
+        tensors.output = buffer(output_elements(problem), output_element, false);
+        break;
+      case Direction::grad_epilogue:
+        tensors.output = buffer(output_elements(problem), element, false);
+        break;
+      case Direction::grad_input:
+        tensors.output = buffer(input_elements(problem), element, false);
+        break;
+      case Direction::grad_weight:
+        tensors.output = buffer(weight_elements(problem), element, false);
+        break;
+    }
+    if (epilogue.save) tensors.raw = buffer(output_elements(problem), element, false);
+    if (epilogue.save || problem.direction == Direction::grad_epilogue) {
+      tensors.mean = buffer(num_statistics(problem, epilogue), 8, false);
+      tensors.rstd = buffer(num_statistics(problem, epilogue), 8, false);
+    }
+    int slot = 0;
+    for (const Op& op : epilogue.ops) {
+      for (int k = 0; k < num_operands(op); ++k, ++slot) {
+        const bool whole = operand_kind(op.kind) == OperandKind::tensor;
+        const std::int64_t elements = whole ? output_elements(problem) : problem.out_channels;
+        const std::size_t size = whole ? element : size_of(epilogue.operand_dtype.value_or(problem.dtype));
+        const auto index = static_cast<std::size_t>(slot);
+        tensors.operands[index] = buffer(elements, size, size == element);
+        if (problem.direction == Direction::grad_epilogue) tensors.grad_operands[index] = buffer(elements, size, false);
+      }
+    }
+    tensors.workspace = buffer(static_cast<std::int64_t>(chosen->workspace_bytes), 1, false);
+
+    const auto run = [&](Stream stream) {
+      stream.num_threads = options.threads;
+      execute(*chosen, tensors, stream);
+    };
+    const double first = time_runs(device, 2, run)[1];
+    const int count = options.runs > 0 ? options.runs : std::clamp(static_cast<int>(1 / std::max(first, 1e-6)), 5, 200);
+    std::vector<double> seconds = time_runs(device, count, run);
+    std::sort(seconds.begin(), seconds.end());
+    const double median = seconds[seconds.size() / 2];
+    const Step& conv = chosen->steps[static_cast<std::size_t>(chosen->conv_step)];
+    std::printf("%10.4f %9.1f %10.1f %6.1f %% %10.4f  %s:%s, %s\n", median * 1e3, minimum_bytes(problem) / median * 1e-9,
+                useful_flops(problem) / median * 1e-9, 100 * floor_seconds(problem, device) / median,
+                chosen->microseconds * 1e-3, std::string(conv.kernel->name).c_str(), to_string(conv.config).c_str(),
+                to_string(problem, epilogue).c_str());
+    std::fflush(stdout);
+  }
+  return 0;
+}
+
+struct Compilation {
+  Unit unit;
+  std::string kernel, problem;
+  cuda::BuildReport report;
+  std::string error;
+};
+
+int run_compile(const Options& options) {
+  const Device device = find_device(options.device.empty() ? "h200" : options.device);
+  if (device.backend != Backend::cuda) throw UsageError("compile needs a CUDA device, got " + device.name);
+  const std::string arch = options.arch.empty() ? cuda::arch_of(device) : options.arch;
+  std::vector<Compilation> work;
+  std::set<std::string> seen;
+  for (const std::string& line : options.problems) {
+    const auto [problem, epilogue] = parse_problem_and_epilogue(line);
+    for (const Kernel* kernel : kernels(Backend::cuda)) {
+      for (const Config& config : kernel->configs) {
+        const std::string name = std::string(kernel->name) + ":" + to_string(config);
+        if (!options.only.empty() && options.only != kernel->name && options.only != name) continue;
+        Plan plan;
+        try {
+          plan = make_plan(problem, epilogue, device, name, kernels(Backend::cuda));
+        } catch (const std::invalid_argument&) {
+          continue;
+        }
+        for (const Step& step : plan.steps) {
+          if (step.kernel->units == nullptr) continue;
+          for (Unit& unit : step.kernel->units(step)) {
+            if (!seen.insert(unit.source + '\0' + unit.entry + '\0' + unit.prelude).second) continue;
+            work.push_back({std::move(unit), std::string(step.kernel->name) + ":" + to_string(step.config),
+                            to_string(step.problem, step.epilogue), {}, {}});
+          }
+        }
+      }
+    }
+  }
+  if (work.empty()) throw UsageError("no device source fits these problems");
+
+  std::atomic<std::size_t> next = 0, done = 0;
+  std::mutex print;
+  std::size_t bad = 0;
+  const auto worker = [&] {
+    for (std::size_t index; (index = next++) < work.size();) {
+      Compilation& item = work[index];
+      try {
+        cuda::compile(item.unit, arch, &item.report);
+      } catch (const std::exception& error) {
+        item.error = error.what();
+      }
+      const cuda::BuildReport& report = item.report;
+      const std::size_t shared = item.unit.shared_bytes + report.static_shared_bytes;
+      std::string verdict;
+      if (!item.error.empty()) verdict = item.error;
+      if (report.spill_bytes > 0) verdict += " spills";
+      // Registers are handed out in units of 8 a thread; a multiprocessor has 65536.
+      if ((report.registers + 7) / 8 * 8 * ((item.unit.threads + 31) / 32 * 32) > 65536) verdict += " too many registers";
+      if (shared > device.shared_memory_per_block) verdict += " too much shared memory";
+      const std::lock_guard lock(print);
+      bad += !verdict.empty();
+      std::printf("[%zu/%zu] %s  %3d registers  %5zu spilled  %6zu shared  %4d threads  %5.2f s%s  %s %s  %s\n",
+                  ++done, work.size(), verdict.empty() ? "ok  " : "FAIL", report.registers, report.spill_bytes, shared,
+                  item.unit.threads, report.seconds, report.from_cache ? " cached" : "", item.kernel.c_str(),
+                  item.unit.entry.c_str(), item.problem.c_str());
+      if (!verdict.empty()) std::printf("  %s\n", verdict.c_str());
+      std::fflush(stdout);
+    }
+  };
+  std::vector<std::thread> threads;
+  const int jobs = options.jobs > 0 ? options.jobs : cpu_device().cores;
+  for (int i = 0; i < jobs; ++i) threads.emplace_back(worker);
+  for (std::thread& thread : threads) thread.join();
+  std::printf("%zu of %zu compiled for %s without spills and within the limits\n", work.size() - bad, work.size(),
+              arch.c_str());
+  return bad > 0;
+}
+
+int run(int argc, char** argv) {
+  if (argc > 1 && (std::string(argv[1]) == "--help" || std::string(argv[1]) == "help")) {
+    std::fputs(kUsage, stdout);
+    return 0;
+  }
+  try {
+    const Options options = parse_options(argc, argv);
+    if (options.command == "plan") return run_plan(options);
+    if (options.command == "check") return run_check(options);
+    if (options.command == "time") return run_time(options);
+    if (options.command == "compile") return run_compile(options);
+    throw UsageError("unknown command " + options.command);
+  } catch (const UsageError& error) {
+    std::fprintf(stderr, "tconv: %s\n\n%s", error.what(), kUsage);
+    return 2;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "tconv: %s\n", error.what());
+    return 1;
+  }
+}
+
+}  // namespace
+}  // namespace tconv::bench
+
+int main(int argc, char** argv) { return tconv::bench::run(argc, argv); }
