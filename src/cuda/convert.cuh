@@ -58,8 +58,8 @@ __device__ __forceinline__ S narrow(A x) {
   return Narrow<S>::of(x);
 }
 
-// count elements of S moved as one access; count * sizeof(S) is 2, 4, 8 or 16 bytes and the address a multiple of it.
+// count elements of S moved together, in pieces of at most 16 bytes to which the address must be aligned.
 template <typename S, int count>
-struct alignas(sizeof(S) * count) Pack {
+struct alignas(sizeof(S) * count < 16 ? sizeof(S) * count : 16) Pack {
   S item[count];
 };

@@ -19,6 +19,10 @@
 struct Operands {
   const void* at[16];
 };
+// Gradients of the operands; null: not wanted.
+struct GradOperands {
+  void* at[16];
+};
 
 __device__ __forceinline__ float tconv_exp(float x) { return expf(x); }
 __device__ __forceinline__ double tconv_exp(double x) { return exp(x); }
