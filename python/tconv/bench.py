@@ -37,8 +37,8 @@ DIRECTIONS = ("forward", "backward", "train")
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 # What one card can reach, in 1e12 units a second: copy (read + write), multiply-add pairs times two in TF32 and 16 bits.
-# Measured once by a copy and by matrix products of 8192; other devices are measured when the driver starts.
-KNOWN_RATES = {"NVIDIA H200": {"bandwidth": 4.26, "f32": 404.0, "f16": 775.0, "bf16": 775.0, "f64": 60.0}}
+# Measured once by a copy and by matrix products; what is not listed here is measured when the driver starts.
+KNOWN_RATES = {"NVIDIA H200": {"bandwidth": 4.26, "f32": 404.0, "f16": 775.0, "bf16": 775.0}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,10 +288,12 @@ Clock = CpuClock | CudaClock
 
 def interleaved(clock: Clock, runs: dict[str, Run], seconds: float, least: int = 3, most: int = 25) -> dict[str, float]:
     """Median milliseconds of each, run in turns; at least `least` rounds, more while `seconds` allow."""
+    for run in runs.values():  # the first call may compile, plan or try algorithms
+        run()
+    clock.settle()
     begin = time.perf_counter()
     for run in runs.values():
         clock.once(run)
-    clock.settle()
     spent = time.perf_counter() - begin
     rounds = max(least, min(most, int(seconds / max(spent, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -302,8 +304,8 @@ def interleaved(clock: Clock, runs: dict[str, Run], seconds: float, least: int =
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def captured(run: Run) -> Run | None:
-    """The call as a CUDA graph, or None where it cannot be captured."""
+def captured(run: Run) -> Run:
+    """The call as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -336,7 +338,9 @@ def compare(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, float
     worst, close = 0.0, True
     for mine, reference in zip(ours, theirs, strict=True):
         if mine.shape != reference.shape or mine.dtype != reference.dtype:
-            raise RuntimeError(f"result {tuple(mine.shape)} {mine.dtype}, PyTorch {tuple(reference.shape)} {reference.dtype}")
+            raise RuntimeError(
+                f"result {tuple(mine.shape)} {mine.dtype}, PyTorch {tuple(reference.shape)} {reference.dtype}"
+            )
         # Slice by slice: float64 copies of whole tensors would not fit beside the problem itself.
         error = norm = 0.0
         for a, b in zip(mine.reshape(-1).split(1 << 26), reference.reshape(-1).split(1 << 26), strict=True):
@@ -400,24 +404,24 @@ def host_cost(device: torch.device, clock: Clock, calls: int = 300) -> dict[str,
     return {name: round(statistics.median(values), 2) for name, values in best.items()}
 
 
-def rates(device: torch.device) -> dict[str, float]:
-    """The device's ceilings in 1e12 units a second."""
+def rates(device: torch.device, dtypes: Sequence[str]) -> dict[str, float]:
+    """The device's ceilings in 1e12 units a second: bandwidth, and the products of each dtype."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if name in KNOWN_RATES:
-        return dict(KNOWN_RATES[name])
+    found = dict(KNOWN_RATES.get(name, {}))
     clock: Clock = CudaClock(device) if device.type == "cuda" else CpuClock()
-    elements = (1 << 28) if device.type == "cuda" else (1 << 25)
-    source = torch.rand(elements, device=device)
-    target = torch.empty_like(source)
-    copy = interleaved(clock, {"copy": lambda: target.copy_(source)}, 0.5)["copy"]
-    found = {"bandwidth": 2 * 4 * elements / copy / 1e9}
+    if "bandwidth" not in found:
+        elements = (1 << 28) if device.type == "cuda" else (1 << 25)
+        source = torch.rand(elements, device=device)
+        target = torch.empty_like(source)
+        copy = interleaved(clock, {"copy": lambda: target.copy_(source)}, 0.5)["copy"]
+        found["bandwidth"] = 2 * 4 * elements / copy / 1e9
     n = 4096 if device.type == "cuda" else 1536
-    for dtype in DTYPES:
-        a = torch.rand(n, n, device=device).to(DTYPES[dtype])
-        b = torch.rand(n, n, device=device).to(DTYPES[dtype])
-        if device.type == "cpu" and dtype in ("f16", "bf16"):  # converted, then computed in fp32
-            found[dtype] = found["f32"]
+    for dtype in dtypes:
+        if dtype in found:
             continue
+        # On a CPU 16-bit operands are converted and multiplied in fp32.
+        kind = torch.float32 if device.type == "cpu" and dtype in ("f16", "bf16") else DTYPES[dtype]
+        a, b = (torch.rand(n, n, device=device).to(kind) for _ in range(2))
         allowed = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = True
         product = interleaved(clock, {"product": lambda a=a, b=b: a @ b}, 0.3)["product"]  # type: ignore[misc]
@@ -495,62 +499,60 @@ def describe(case: Case, direction: str) -> dict[str, Any]:
     }
 
 
-def raw_run(case: Case, plan: Any, direction: str) -> tuple[Run, list[Tensor]]:
-    """A plan on raw addresses, without the front end: what planner regret is measured with. Layers without a chain."""
+def raw_runs(case: Case, direction: str, plans: dict[str, Any]) -> dict[str, Run]:
+    """Plans on raw addresses, without the front end, all into the same memory. Layers without a chain."""
     shape, device = case.shape, case.device
     kind = DTYPES[case.dtype]
     layer = case.ours
-    size = (shape.batch, shape.out_channels, *shape.output())
     x, weight = case.input, layer.weight.detach().contiguous()  # type: ignore[operator, union-attr]
     bias = None if layer.bias is None else layer.bias.detach()  # type: ignore[operator, union-attr]
-    grad = torch.rand(size, device=device).to(kind)
+    grad = torch.rand((shape.batch, shape.out_channels, *shape.output()), device=device).to(kind)
     if case.layout == "channels_last":
         grad = grad.to(memory_format=CHANNELS_LAST[shape.rank])
-    made = {"forward": grad, "grad_input": x, "grad_weight": weight}[direction]
-    result = torch.full_like(made, math.nan)
+    result = torch.full_like({"forward": grad, "grad_input": x, "grad_weight": weight}[direction], math.nan)
     grad_bias = torch.empty(shape.out_channels, device=device, dtype=kind) if shape.bias else None
-    workspace = torch.empty(plan.workspace_bytes + 256, dtype=torch.uint8, device=device)
+    most = max(plan.workspace_bytes for plan in plans.values())
+    workspace = torch.empty(most + 256, dtype=torch.uint8, device=device)
     address = (workspace.data_ptr() + 255) & ~255
-    forward = direction == "forward"
 
     def at(tensor: Tensor | None, used: bool = True) -> int | None:
         return tensor.data_ptr() if tensor is not None and used else None
 
-    def run() -> Tensor:
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        _C.run(
-            plan, stream, torch.get_num_threads(), at(x, direction != "grad_input"),
-            at(weight, direction != "grad_weight"), at(bias, forward), at(grad, not forward), at(result),
-            at(grad_bias, direction == "grad_weight"), None, None, None, address, None, None,
-        )  # fmt: skip
-        return result
+    def bound(plan: Any) -> Run:
+        def run() -> tuple[Tensor, Tensor]:
+            stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+            forward = direction == "forward"
+            _C.run(
+                plan, stream, torch.get_num_threads(), at(x, direction != "grad_input"),
+                at(weight, direction != "grad_weight"), at(bias, forward), at(grad, not forward), at(result),
+                at(grad_bias, direction == "grad_weight"), None, None, None, address, None, None,
+            )  # fmt: skip
+            return result, workspace
 
-    return run, [result, workspace]
+        return run
+
+    return {name: bound(plan) for name, plan in plans.items()}
 
 
 def regret(case: Case, direction: str, clock: Clock, seconds: float) -> dict[str, Any]:
     """Every kernel and config that fits, timed: how far the planner's choice is from the best of them."""
     found: dict[str, Any] = {}
     for part in ["forward"] if direction == "forward" else ["grad_input", "grad_weight"]:
-        chosen = plan_of(case, part)
-        runs: dict[str, Run] = {}
-        held: list[list[Tensor]] = []
-        names = {f"{c['kernel']}:{c['config']}": c for c in chosen.candidates if not c["refusal"]}
-        best_price = min((c["microseconds"] for c in names.values()), default=0.0)
-        for name, candidate in names.items():
-            # Those predicted 12 times slower than the best are left out: they would take all the time there is.
-            if candidate["microseconds"] <= 12 * best_price or candidate["chosen"]:
-                runs[name], tensors_held = raw_run(case, plan_of(case, part, name), part)
-                held.append(tensors_held)
-        if len(runs) < 2:
-            continue
-        times = interleaved(clock, runs, seconds)
+        fitting = [c for c in plan_of(case, part).candidates if not c["refusal"]]
+        best_price = min(c["microseconds"] for c in fitting)
+        # Those predicted 12 times slower than the best are left out: they would take all the time there is.
+        names = {
+            f"{c['kernel']}:{c['config']}": c
+            for c in fitting
+            if c["chosen"] or c["microseconds"] <= 12 * best_price
+        }  # fmt: skip
+        times = interleaved(clock, raw_runs(case, part, {n: plan_of(case, part, n) for n in names}), seconds)
         picked = next(name for name, candidate in names.items() if candidate["chosen"])
         best = min(times, key=lambda name: times[name])
         found[part] = {
             "chosen": picked, "best": best, "regret": round(times[picked] / times[best], 4),
             "ms": {name: round(value, 5) for name, value in times.items()},
-            "predicted_ms": {name: round(names[name]["microseconds"] / 1e3, 5) for name in runs},
+            "predicted_ms": {name: round(candidate["microseconds"] / 1e3, 5) for name, candidate in names.items()},
         }  # fmt: skip
     return found
 
@@ -620,8 +622,7 @@ def measure(case: Case, direction: str, clock: Clock, ceilings: dict[str, float]
     }  # fmt: skip
     if case.device.type == "cuda" and direction == "forward" and theirs < 0.4:
         # Small layers are run from CUDA graphs in practice; there the host's share is gone on both sides.
-        graphs = {"tconv": captured(ours), "torch": captured(sides["torch"])}
-        replays = {name: graph for name, graph in graphs.items() if graph is not None}
+        replays = {"tconv": captured(ours), "torch": captured(sides["torch"])}
         row["graph_ms"] = {k: round(v, 5) for k, v in interleaved(clock, replays, options.seconds / 2).items()}
     if options.regret and not shape.ops and direction in ("forward", "backward"):
         row["regret"] = regret(case, direction, clock, options.seconds)
@@ -630,6 +631,16 @@ def measure(case: Case, direction: str, clock: Clock, ceilings: dict[str, float]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table and the command
+
+
+def compare_layouts(rows: Sequence[dict[str, Any]]) -> None:
+    """Adds the ratio to PyTorch's better memory format to rows of problems that were measured in both."""
+    best: dict[tuple[str, str, str], float] = {}
+    for row in rows:
+        key = row["name"], row["dtype"], row["direction"]
+        best[key] = min(best.get(key, math.inf), row["torch_ms"])
+    for row in rows:
+        row["ratio_better_layout"] = round(best[row["name"], row["dtype"], row["direction"]] / row["tconv_ms"], 4)
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -642,7 +653,9 @@ def milliseconds(value: float) -> str:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per row, at most 100 columns, and the geometric means."""
-    lines = [f"{'problem':<26} {'dtype':<8} {'direction':<9} {'torch ms':>9} {'tconv ms':>9} {'ratio':>6} {'floor':>6}  kernel"]
+    lines = [
+        f"{'problem':<26} {'dtype':<8} {'direction':<9} {'torch ms':>9} {'tconv ms':>9} {'ratio':>6} {'floor':>6}  kernel"
+    ]
     for row in rows:
         name = row["name"] + (f" b{row['batch']}" if row["batch"] != row["full_batch"] else "")
         kind = row["dtype"] + (" cl" if row["layout"] == "channels_last" else "")
@@ -651,14 +664,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"{name[:26]:<26} {kind:<8} {row['direction']:<9} {milliseconds(row['torch_ms']):>9}"
             f" {milliseconds(row['tconv_ms']):>9} {row['ratio']:>6.2f} {row['share_of_floor']:>6.0%}"
-            f"  {kernel[:20 - min(len(wrong), 16)]}{wrong}"
+            f"  {kernel[: 20 - min(len(wrong), 16)]}{wrong}"
         )
-    kinds = sorted({(r["dtype"], r["layout"], r["direction"]) for r in rows}, key=str)
-    for dtype, layout, direction in kinds:
-        ratios = [r["ratio"] for r in rows if (r["dtype"], r["layout"], r["direction"]) == (dtype, layout, direction)]
+    for dtype, direction in sorted({(r["dtype"], r["direction"]) for r in rows}):
+        group = [r for r in rows if (r["dtype"], r["direction"]) == (dtype, direction)]
+        for layout in sorted({r["layout"] for r in group}):
+            same = [r["ratio"] for r in group if r["layout"] == layout]
+            better = [r["ratio_better_layout"] for r in group if r["layout"] == layout]
+            line = f"{dtype} {layout} {direction}: {len(same)} problems, geometric mean {geometric_mean(same):.2f}x"
+            line += f" of PyTorch, lowest {min(same):.2f}x"
+            if better != same:
+                line += f"; against its better layout {geometric_mean(better):.2f}x, lowest {min(better):.2f}x"
+            lines.append(line)
+    regrets = [part["regret"] for r in rows for part in r.get("regret", {}).values()]
+    if regrets:
         lines.append(
-            f"{dtype} {layout} {direction}: geometric mean {geometric_mean(ratios):.2f}x of PyTorch over {len(ratios)}"
-            f" problems, lowest {min(ratios):.2f}x"
+            f"planner regret: {len(regrets)} choices, mean {geometric_mean(regrets):.3f}, worst {max(regrets):.3f}"
         )
     return "\n".join(lines)
 
@@ -727,7 +748,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shapes = [reduced(s, room, math.inf if on_cuda else 1.6e11) for s in shapes]
 
     begin = time.perf_counter()
-    ceilings = rates(device)
+    ceilings = rates(device, arguments.dtypes.split(","))
     host = host_cost(device, clock)
     listed = jobs(shapes, arguments)
     rows: list[dict[str, Any]] = []
@@ -754,6 +775,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.cuda.empty_cache()
     progress("")
 
+    compare_layouts(rows)
     failed = [row for row in rows if not row["ok"]]
     if rows:
         print(table(rows))
