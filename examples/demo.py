@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import tconv
-from tconv import bench
+from tconv import bench, problems
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = ("kernelbench_1_57", "kernelbench_1_81", "kernelbench_1_73", "kernelbench_1_73_groups4", "kernelbench_2_19")
@@ -84,7 +85,7 @@ def timed(run: Callable[[], Any], settle: Callable[[], None], seconds: float) ->
     return result, sorted(times)[len(times) // 2]
 
 
-def seed_row(shape: bench.Shape, device: torch.device, progress: Progress) -> tuple[str, bool]:
+def seed_row(shape: problems.Shape, device: torch.device, progress: Progress) -> tuple[str, bool]:
     clock: bench.Clock = bench.CudaClock(device) if device.type == "cuda" else bench.CpuClock()
     label = f"{shape.seed} {shape.name}"
     progress.step(f"{label}: inputs")
@@ -121,19 +122,19 @@ def seed_row(shape: bench.Shape, device: torch.device, progress: Progress) -> tu
     batch = f"{shape.batch} of {shape.full_batch}" if shape.full_batch else str(shape.batch)
     name = {"kernelbench_1_73_groups4": "S3 groups=4"}.get(shape.name, shape.seed)
     text = f"{name:<12} {batch:>8} {t:>10.1f} {f:>10.1f} {t / f:>6.2f} {tb:>11.1f} {fb:>10.1f} {tb / fb:>6.2f}"
-    return f"{text}  {'ok' if ok else 'WRONG'} ({worst:.2f} of the tolerance)", ok
+    return f"{text}  {'ok' if ok else 'WRONG'} ({worst:.2f} of it)", ok
 
 
 def seeds(device: torch.device, progress: Progress, most_batch: int) -> bool:
-    shapes = {s.name: s for s in bench.named_shapes()}
+    shapes = {s.name: s for s in problems.named()}
     room = 0.85 * (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else bench.resident_available())
     lines, good = [], True
     for name in SEEDS:
         shape = shapes[name]
         # A fused chain's reference keeps the result of every layer for its backward pass.
-        fitting = bench.reduced(shape, room / (2 if shape.ops else 1), math.inf)
+        fitting = problems.reduced(shape, room / (2 if shape.ops else 1), math.inf)
         if fitting.batch > most_batch:
-            fitting = bench.replace(shape, batch=most_batch, full_batch=shape.batch)
+            fitting = replace(shape, batch=most_batch, full_batch=shape.batch)
         if fitting.full_batch:
             reason = "--batch" if fitting.batch == most_batch else f"{room / 1e9:.1f} GB of memory are free"
             progress.clear()
@@ -144,8 +145,12 @@ def seeds(device: torch.device, progress: Progress, most_batch: int) -> bool:
         gc.collect()
     progress.clear()
     threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    print(f"\nThe seeds in fp32, PyTorch {torch.__version__} on {threads}, times in ms, verified with tolerance {TOLERANCE}")
-    print(f"{'':<12} {'batch':>8} {'fwd torch':>10} {'tconv':>10} {'ratio':>6} {'bwd torch':>11} {'tconv':>10} {'ratio':>6}")
+    print(
+        f"\nThe seeds in fp32, PyTorch {torch.__version__} on {threads}, times in ms, verified with tolerance {TOLERANCE}"
+    )
+    print(
+        f"{'':<12} {'batch':>8} {'fwd torch':>10} {'tconv':>10} {'ratio':>6} {'bwd torch':>11} {'tconv':>10} {'ratio':>6}"
+    )
     print("\n".join(lines))
     return good
 
@@ -260,7 +265,9 @@ def package_file(package: str, ending: str) -> Path:
     for entry in metadata.files(package) or []:
         if str(entry).endswith(ending):
             return Path(str(entry.locate()))
-    raise RuntimeError(f"the package {package} holds no file that ends in {ending!r}; `make demo` installs the right one")
+    raise RuntimeError(
+        f"the package {package} holds no file that ends in {ending!r}; `make demo` installs the right one"
+    )
 
 
 def pictures() -> dict[str, Image.Image]:
@@ -327,7 +334,7 @@ def network(device: torch.device, progress: Progress, out: Path) -> bool:
         with torch.no_grad():
             head_seconds = timed(lambda f=features[name]: detector.head(f), clock.settle, 0.5)[1]
         theirs, their_seconds = before[name]
-        ok, worst = close(probability, theirs)
+        ok, _ = close(probability, theirs)
         good = good and ok
         maps = [t[0, 0].float().cpu().numpy() for t in (theirs, probability)]
         difference = np.abs(maps[0] - maps[1])

@@ -174,7 +174,9 @@ def find_python() -> tuple[str, bool]:
         path = shutil.which(name)
         if path is None or Path(path).is_relative_to(VENV):
             continue
-        answer = subprocess.run([path, "-c", probe], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        answer = subprocess.run(
+            [path, "-c", probe], check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         words = answer.stdout.split()
         if answer.returncode == 0 and len(words) == 3 and (int(words[0]), int(words[1])) >= OLDEST:
             usable.append((path, words[2] == "True"))
@@ -189,7 +191,7 @@ def virtual_environment() -> None:
         return
     python, has_torch = find_python()
     probe = [python, "-c", "import ensurepip, venv"]
-    if subprocess.run(probe, capture_output=True, stdin=subprocess.DEVNULL).returncode != 0:
+    if subprocess.run(probe, check=False, capture_output=True, stdin=subprocess.DEVNULL).returncode != 0:
         system_packages([], ["python3-venv"])
     shared = ["--system-site-packages"] if has_torch else []
     say(f"virtual environment on {python}" + (", with the PyTorch that it has" if has_torch else ""))
@@ -199,7 +201,9 @@ def virtual_environment() -> None:
 
 def module_version(name: str) -> str | None:
     code = f"import importlib.metadata as m; print(m.version({name!r}))"
-    answer = subprocess.run([str(VENV_PYTHON), "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    answer = subprocess.run(
+        [str(VENV_PYTHON), "-c", code], check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
@@ -207,7 +211,9 @@ def cmake_is_recent() -> bool:
     path = shutil.which("cmake")
     if path is None:
         return False
-    text = subprocess.run([path, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    text = subprocess.run(
+        [path, "--version"], check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    ).stdout
     match = re.search(r"(\d+)\.(\d+)", text)
     return match is not None and (int(match[1]), int(match[2])) >= (3, 25)
 
@@ -238,8 +244,10 @@ def commit() -> str:
     """The checkout's commit, with a + when tracked files differ from it; unknown outside a git checkout."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return "unknown"
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    state = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], check=False, cwd=ROOT, capture_output=True, text=True)
+    state = subprocess.run(
+        ["git", "status", "--porcelain", "-uno"], check=False, cwd=ROOT, capture_output=True, text=True
+    )
     return head.stdout.strip() + ("+" if state.stdout.strip() else "") if head.returncode == 0 else "unknown"
 
 
