@@ -145,12 +145,9 @@ def seeds(device: torch.device, progress: Progress, most_batch: int) -> bool:
         gc.collect()
     progress.clear()
     threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    print(
-        f"\nThe seeds in fp32, PyTorch {torch.__version__} on {threads}, times in ms, verified with tolerance {TOLERANCE}"
-    )
-    print(
-        f"{'':<12} {'batch':>8} {'fwd torch':>10} {'tconv':>10} {'ratio':>6} {'bwd torch':>11} {'tconv':>10} {'ratio':>6}"
-    )
+    print(f"\nThe seeds in fp32, PyTorch {torch.__version__} on {threads}, in ms, atol = rtol = {TOLERANCE}")
+    sides = f"{'fwd torch':>10} {'tconv':>10} {'ratio':>6} {'bwd torch':>11} {'tconv':>10} {'ratio':>6}"
+    print(f"{'':<12} {'batch':>8} {sides}")
     print("\n".join(lines))
     return good
 

@@ -34,7 +34,8 @@ Run = Callable[[], Any]
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
-# What one card can reach, in 1e12 units a second: copy (read + write), products (multiply-add is two) in TF32 and 16 bits.
+# What one card can reach, in 1e12 units a second: copy (read + write), products (a multiply-add is two) by dtype, TF32
+# for f32.
 # Measured once by a copy and by matrix products; what is not listed here is measured when the driver starts.
 KNOWN_RATES = {"NVIDIA H200": {"bandwidth": 4.26, "f32": 404.0, "f16": 775.0, "bf16": 775.0}}
 
@@ -121,7 +122,7 @@ def module(shape: Shape, name: str, scalars: tuple[str, ...]) -> nn.Module:
         "hardtanh": lambda: nn.Hardtanh(*numbers),
         "clamp": lambda: tconv.nn.Clamp(*numbers),
         "scale": lambda: tconv.nn.Scale(*numbers),
-        "add": lambda: tconv.nn.Add(*numbers),
+        "add": lambda: tconv.nn.AddConstant(*numbers),
         "add_channel": lambda: tconv.nn.AddChannel(shape.out_channels),
         "group_norm": lambda: nn.GroupNorm(
             int(numbers[0]), shape.out_channels, eps=float(options.get("eps", 1e-5)), affine="affine" in scalars
@@ -545,7 +546,7 @@ def milliseconds(value: float) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per row, at most 100 columns, and the geometric means."""
     lines = [
-        f"{'problem':<26} {'dtype':<8} {'direction':<9} {'torch ms':>9} {'tconv ms':>9} {'ratio':>6} {'floor':>6}  kernel"
+        f"{'problem':<26} {'dtype':<8} {'direction':<9} {'torch ms':>9} {'tconv':>9} {'ratio':>6} {'floor':>6}  kernel"
     ]
     for row in rows:
         name = row["name"] + (f" b{row['batch']}" if row["batch"] != row["full_batch"] else "")
