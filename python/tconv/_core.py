@@ -332,11 +332,11 @@ class Entry:
     __slots__ = ("plan", "geom", "shape", "layout", "workspace", "x_shape", "w_shape")
 
     def __init__(self, plan: Any, geom: Geometry, shape: Size, layout: int, x_shape: Size, w_shape: Size) -> None:
-        self.plan = plan
+        self.plan = plan  # None: the forward result has no elements, so gradients are zero
         self.geom = geom
         self.shape = shape
         self.layout = layout
-        self.workspace: int = plan.workspace_bytes
+        self.workspace: int = 0 if plan is None else plan.workspace_bytes
         self.x_shape = x_shape
         self.w_shape = w_shape
 
@@ -362,6 +362,9 @@ def make_plan(
     output_dtype: Optional[torch.dtype] = None,
     only: str = "",
 ) -> Any:
+    """A plan of the core; None when the forward result would have no elements."""
+    if batch == 0 or 0 in geom.output_size(input_size, kernel):
+        return None
     if like.is_cuda:
         add_search_paths()
     return _C.plan(
@@ -479,6 +482,8 @@ def run_forward(entry: Entry, x: Tensor, w: Tensor, bias: Optional[Tensor]) -> T
     if bias is not None:
         bias = dense(bias, CONTIGUOUS)
     y = empty(entry.shape, layout, x)
+    if entry.plan is None:
+        return y
     workspace = entry.workspace_for(x)
     _C.run(
         entry.plan,
@@ -546,6 +551,8 @@ def grad_input(geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Seque
     g = dense(grad_output, entry.layout)
     w = dense(w, CONTIGUOUS)
     result = empty(entry.shape, entry.layout, g)
+    if entry.plan is None:
+        return result.zero_()
     workspace = entry.workspace_for(g)
     _C.run(
         entry.plan,
@@ -568,12 +575,13 @@ def grad_input(geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Seque
 
 
 def grad_weight(
-    geom: Geometry, x: Tensor, grad_output: Tensor, kernel: Sequence[int], with_bias: bool = False
+    geom: Geometry, x: Tensor, grad_output: Tensor, kernel: Sequence[int], with_bias: bool = False, pre: str = ""
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    """Gradient by the weight and, in the same pass over ``grad_output``, by the bias."""
+    """Gradient by the weight and, in the same pass over ``grad_output``, by the bias; ``pre`` is applied to ``x``."""
     kernel = tuple(kernel)
     key = (
         GRAD_WEIGHT,
+        pre,
         geom,
         kernel,
         grad_output.shape,
@@ -606,12 +614,15 @@ def grad_weight(
             kernel,
             x,
             layout,
+            pre,
         )
         entry = _remember(_backward_entries, key, Entry(plan, geom, w_shape, layout, x_shape, w_shape))
     x = dense(x, entry.layout)
     g = dense(grad_output, entry.layout)
     result = empty(entry.shape, CONTIGUOUS, x)
     grad_bias = empty((entry.w_shape[1] * geom.groups,), CONTIGUOUS, x) if with_bias else None
+    if entry.plan is None:
+        return result.zero_(), None if grad_bias is None else grad_bias.zero_()
     workspace = entry.workspace_for(x)
     _C.run(
         entry.plan,
