@@ -1,0 +1,435 @@
+// Choosing, pricing, splitting into steps, caching, running — with kernels defined here, whose prices are known, and with
+// the registered ones against hand-written devices. The snapshot holds every choice for the problems that matter:
+//   TCONV_UPDATE_SNAPSHOT=1 planner_test --gtest_filter='Registered.*'    writes it anew
+// SPDX-License-Identifier: Apache-2.0
+#include "planner.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <set>
+#include <sstream>
+#include <thread>
+
+namespace tconv {
+namespace {
+
+#define EXPECT_CONTAINS(text, part) EXPECT_NE((text).find(part), std::string::npos) << "in: " << (text)
+
+// ---- kernels of known price; every launch is recorded ----
+
+struct Launch {
+  std::string kernel;
+  Direction direction;
+  std::string chain;
+  Tensors tensors;
+};
+std::vector<Launch> launches;
+
+void record(const Step& step, const Tensors& tensors, Stream) {
+  launches.push_back({std::string(step.kernel->name), step.problem.direction, to_string(step.epilogue), tensors});
+}
+
+bool convolves(const Problem& problem) {
+  return problem.direction != Direction::epilogue && problem.direction != Direction::grad_epilogue;
+}
+
+Fit refuse(std::string reason) {
+  Fit fit;
+  fit.refusal = std::move(reason);
+  return fit;
+}
+
+// Cheap, fuses nothing, forward only; the larger tile is cheaper from 100 outputs on.
+constexpr Config kPlainConfigs[] = {{16, 16, 8, 0, 0, 0}, {64, 32, 8, 3, 8, 0}};
+Fit fit_plain(const Problem& problem, const Epilogue&, const Device&, const Config& config) {
+  if (problem.direction != Direction::forward) return refuse("computes forward only");
+  Fit fit;
+  fit.microseconds = config.block_m == 64 ? 10 : output_elements(problem) > 100 ? 12 : 5;
+  fit.workspace_bytes = 100;
+  return fit;
+}
+const Kernel kPlain = {"plain", kPlainConfigs, fit_plain, nullptr, nullptr, record};
+
+// Dearer, but applies pointwise operations and the pre-activation.
+constexpr Config kOne[] = {{}};
+Fit fit_fusing(const Problem& problem, const Epilogue& epilogue, const Device&, const Config&) {
+  if (!convolves(problem)) return refuse("computes convolutions only");
+  if (epilogue.output_dtype && *epilogue.output_dtype != problem.dtype) return refuse("stores the problem's dtype only");
+  Fit fit;
+  fit.microseconds = 20;
+  fit.fused_pre = true;
+  const int norm = norm_index(epilogue);
+  fit.fused_ops = norm < 0 ? static_cast<int>(epilogue.ops.size()) : norm;
+  return fit;
+}
+const Kernel kFusing = {"fusing", kOne, fit_fusing, nullptr, nullptr, record};
+
+// The chain by itself: 7 us, and 300 bytes of workspace.
+Fit fit_chain(const Problem& problem, const Epilogue&, const Device&, const Config&) {
+  if (convolves(problem)) return refuse("computes epilogue and grad_epilogue only");
+  Fit fit;
+  fit.microseconds = 7;
+  fit.workspace_bytes = 300;
+  return fit;
+}
+const Kernel kChain = {"chain", kOne, fit_chain, nullptr, nullptr, record};
+
+// Fits everything at a price nobody pays.
+Fit fit_fallback(const Problem&, const Epilogue& epilogue, const Device&, const Config&) {
+  Fit fit;
+  fit.microseconds = 1e6;
+  fit.fused_ops = static_cast<int>(epilogue.ops.size());
+  fit.fused_pre = true;
+  return fit;
+}
+const Kernel kFallback = {"fallback", kOne, fit_fallback, nullptr, nullptr, record};
+
+const Kernel* const kAll[] = {&kPlain, &kFusing, &kChain, &kFallback};
+
+Plan plan_of(std::string_view line, std::string_view only = {}) {
+  const auto [problem, epilogue] = parse_problem_and_epilogue(line);
+  return make_plan(problem, epilogue, known_device("cpu_avx2"), only, kAll);
+}
+
+std::string steps_of(const Plan& plan) {
+  std::string text;
+  for (const Step& step : plan.steps) {
+    if (!text.empty()) text += " -> ";
+    text += std::string(step.kernel->name) + "[" + to_string(step.epilogue) + "]";
+  }
+  return text;
+}
+
+const char* const kSmall = "2d b2 c4>4 i3x3 t3 s2 p1";
+
+TEST(Planner, TakesTheCheapestConfig) {
+  const Plan small = plan_of("1d c1>1 i3 t3"), large = plan_of("1d c4>4 i99 t3");
+  EXPECT_EQ(small.steps.at(0).config, kPlainConfigs[0]);
+  EXPECT_EQ(large.steps.at(0).config, kPlainConfigs[1]);
+  EXPECT_EQ(large.microseconds, 10);
+  EXPECT_EQ(large.candidates.size(), 5u);
+}
+
+TEST(Planner, PricesTheStepsThatACandidateLeavesBehind) {
+  // plain 10 beats fusing 20 without a chain, ties at 10 + 7 ... and loses with two more steps: 10 + 7 + 7 > 20.
+  EXPECT_EQ(steps_of(plan_of(kSmall)), "plain[]");
+  EXPECT_EQ(steps_of(plan_of(std::string(kSmall) + " | relu")), "plain[] -> chain[relu]");
+  const Plan plan = plan_of(std::string(kSmall) + " | pre:relu bias gelu");
+  EXPECT_EQ(steps_of(plan), "fusing[pre:relu bias gelu]");
+  EXPECT_EQ(plan.microseconds, 20);
+  for (const Candidate& candidate : plan.candidates) {
+    if (candidate.kernel == "plain") {
+      EXPECT_GE(candidate.fit.microseconds, 24);
+    }
+  }
+}
+
+TEST(Planner, SplitsTheChainWhereTheKernelStops) {
+  const Plan plan = plan_of(std::string(kSmall) + " | bias prelu layer_norm(affine) add_tensor", "fusing");
+  EXPECT_EQ(steps_of(plan), "fusing[bias prelu] -> chain[layer_norm(eps=1e-05,affine) add_tensor]");
+  EXPECT_EQ(plan.steps[1].first_operand, 1);
+  EXPECT_EQ(plan.steps[1].problem.direction, Direction::epilogue);
+  EXPECT_EQ(plan.microseconds, 27);
+}
+
+TEST(Planner, TrainingKeepsTheRawResultApart) {
+  const Plan plan = plan_of(std::string(kSmall) + " | bias gelu group_norm(2) save", "fusing");
+  EXPECT_EQ(steps_of(plan), "fusing[bias] -> chain[gelu group_norm(2,eps=1e-05) save]");
+  EXPECT_EQ(plan.raw_offset, Plan::npos);
+  // Without operations there is nothing to keep apart.
+  EXPECT_EQ(plan_of(std::string(kSmall) + " | bias save").steps.size(), 1u);
+}
+
+TEST(Planner, ConvertsInTheStepThatCanStoreTheDType) {
+  const Plan plan = plan_of(std::string(kSmall) + " bf16 | bias gelu out:f32", "fusing");
+  EXPECT_EQ(steps_of(plan), "fusing[bias gelu] -> chain[out:f32]");
+  EXPECT_NE(plan.raw_offset, Plan::npos);
+  const Plan all = plan_of(std::string(kSmall) + " bf16 | bias gelu out:f32", "fallback");
+  EXPECT_EQ(steps_of(all), "fallback[bias gelu out:f32]");
+}
+
+TEST(Planner, LaysOutTheWorkspace) {
+  const Plan plan = plan_of(std::string(kSmall) + " bf16 | pre:relu bias layer_norm out:f32", "plain");
+  EXPECT_EQ(steps_of(plan), "chain[relu] -> plain[bias] -> chain[layer_norm(eps=1e-05) out:f32]");
+  EXPECT_EQ(plan.pre_step, 0);
+  EXPECT_EQ(plan.conv_step, 1);
+  EXPECT_EQ(plan.finish_step, 2);
+  const std::size_t pre = 2 * 4 * 9 * 2, raw = 2 * 4 * 25 * 2;
+  EXPECT_EQ(plan.pre_offset, 0u);
+  EXPECT_EQ(plan.raw_offset, 256u);
+  EXPECT_GE(plan.raw_offset, pre);
+  for (const Step& step : plan.steps) {
+    EXPECT_EQ(step.workspace_offset % 256, 0u);
+    EXPECT_GE(step.workspace_offset, plan.raw_offset + raw);
+    EXPECT_LE(step.workspace_offset + step.workspace_bytes, plan.workspace_bytes);
+  }
+}
+
+TEST(Planner, RunsTheStepsOnTheRightTensors) {
+  const Plan plan = plan_of(std::string(kSmall) + " | pre:relu bias prelu layer_norm(affine)", "plain");
+  ASSERT_EQ(plan.steps.size(), 3u);
+  alignas(256) static std::byte workspace[1 << 14];
+  ASSERT_LE(plan.workspace_bytes, sizeof workspace);
+  int input = 0, weight = 0, output = 0, slope = 0, scale = 0, shift = 0;
+  Tensors tensors;
+  tensors.input = &input;
+  tensors.weight = &weight;
+  tensors.output = &output;
+  tensors.operands = {&slope, &scale, &shift};
+  tensors.workspace = workspace;
+  launches.clear();
+  execute(plan, tensors);
+  ASSERT_EQ(launches.size(), 3u);
+  EXPECT_EQ(launches[0].tensors.input, &input);
+  EXPECT_EQ(launches[0].tensors.output, workspace + plan.pre_offset);
+  EXPECT_EQ(launches[1].tensors.input, workspace + plan.pre_offset);
+  EXPECT_EQ(launches[1].tensors.output, &output) << "raw lives in the output when the dtypes agree";
+  EXPECT_EQ(launches[1].tensors.weight, &weight);
+  EXPECT_EQ(launches[2].tensors.input, &output);
+  EXPECT_EQ(launches[2].tensors.output, &output);
+  EXPECT_EQ(launches[2].tensors.operands[0], &slope);
+  EXPECT_EQ(launches[2].tensors.operands[2], &shift);
+  EXPECT_NE(launches[1].tensors.workspace, nullptr);
+
+  const Plan split = plan_of(std::string(kSmall) + " | bias prelu layer_norm(affine) save", "fusing");
+  int raw = 0;
+  tensors.raw = &raw;
+  launches.clear();
+  execute(split, tensors);
+  ASSERT_EQ(launches.size(), 2u);
+  EXPECT_EQ(launches[0].tensors.output, &raw);
+  EXPECT_EQ(launches[1].tensors.input, &raw);
+  EXPECT_EQ(launches[1].tensors.output, &output);
+
+  const Plan later = plan_of(std::string(kSmall) + " | bias prelu layer_norm(affine)", "fusing");
+  launches.clear();
+  execute(later, tensors);
+  EXPECT_EQ(launches.at(1).tensors.operands[0], &scale) << "operands start at the step's first";
+  EXPECT_EQ(launches.at(1).tensors.operands[1], &shift);
+
+  tensors.workspace = nullptr;  // allowed on the CPU
+  launches.clear();
+  execute(plan, tensors);
+  EXPECT_NE(launches.at(0).tensors.output, nullptr);
+}
+
+TEST(Planner, EmptyResultsNeedNoStep) {
+  for (const char* line : {"2d b0 c4>4 i3x3 t3", "2d b0 c4>4 i3x3 t3 grad_input", "2d b0 c4>4 i3x3 t3 epilogue | relu"}) {
+    const Plan plan = plan_of(line);
+    EXPECT_TRUE(plan.steps.empty()) << line;
+    execute(plan, {});
+    EXPECT_CONTAINS(explain(plan), "nothing to do");
+  }
+  EXPECT_EQ(plan_of("2d b0 c4>4 i3x3 t3 grad_weight").steps.size(), 1u) << "zeros must be written";
+}
+
+TEST(Planner, OtherDirectionsAreOneStep) {
+  EXPECT_EQ(steps_of(plan_of("2d c4>4 i3x3 t3 grad_input")), "fusing[]");
+  EXPECT_EQ(steps_of(plan_of("2d c4>4 i3x3 t3 epilogue | gelu layer_norm")), "chain[gelu layer_norm(eps=1e-05)]");
+  EXPECT_EQ(steps_of(plan_of("2d c4>4 i3x3 t3 grad_epilogue | gelu layer_norm")), "chain[gelu layer_norm(eps=1e-05)]");
+}
+
+TEST(Planner, OnlyRestrictsAndSaysWhyNot) {
+  EXPECT_EQ(plan_of("2d c4>4 i3x3 t3", "fallback").steps.at(0).kernel, &kFallback);
+  EXPECT_EQ(plan_of("2d c4>4 i3x3 t3", "plain:16x16x8").steps.at(0).config, kPlainConfigs[0]);
+  EXPECT_EQ(plan_of("2d c4>4 i3x3 t3", "plain:64x32x8,s3,w8").steps.at(0).config, kPlainConfigs[1]);
+  const auto refusal = [](std::string_view line, std::string_view only) -> std::string {
+    try {
+      plan_of(line, only);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_CONTAINS(refusal("2d c4>4 i3x3 t3 grad_input", "plain"), "plain refuses `2d c4>4 i3x3 t3x3 grad_input`: computes forward only");
+  EXPECT_CONTAINS(refusal("2d c4>4 i3x3 t3", "planner"), "no kernel is named `planner`; known: plain fusing chain fallback");
+  EXPECT_CONTAINS(refusal("2d c4>4 i3x3 t3", "plain:8x8"), "known: plain plain:16x16x8 plain:64x32x8,s3,w8");
+}
+
+TEST(Planner, ExplainNamesPricesAndRefusals) {
+  const std::string text = explain(plan_of("2d c4>4 i9x9 t3"));
+  EXPECT_CONTAINS(text, "chosen  plain:64x32x8,s3,w8 10.0 us");
+  EXPECT_CONTAINS(text, "fits    fusing:default 20.0 us");
+  EXPECT_CONTAINS(text, "refuses chain: computes epilogue and grad_epilogue only");
+  EXPECT_LT(text.find("chosen"), text.find("fits"));
+  EXPECT_LT(text.find("fits    fallback"), text.find("refuses"));
+}
+
+TEST(Planner, ConfigPrintsItsFields) {
+  EXPECT_EQ(to_string(Config{64, 128, 32, 3, 8, 4}), "64x128x32,s3,w8,k4");
+  EXPECT_EQ(to_string(Config{0, 0, 0, 0, 4, 0}), "w4");
+  EXPECT_EQ(to_string(Config{}), "default");
+}
+
+TEST(Planner, ValidatesFirst) {
+  Problem problem;
+  problem.stride = {0, 1, 1};
+  EXPECT_THROW(make_plan(problem, {}, known_device("cpu_avx2"), {}, kAll), std::invalid_argument);
+  EXPECT_THROW(plan(problem, {}, cpu_device()), std::invalid_argument);
+}
+
+// ---- the cache ----
+
+TEST(PlanCache, ReturnsTheSamePlanUntilItIsCleared) {
+  clear_plan_cache();
+  const auto [problem, epilogue] = parse_problem_and_epilogue("2d c3>5 i6x7 t3 s2 | bias relu");
+  const auto first = plan(problem, epilogue, cpu_device());
+  EXPECT_EQ(plan(problem, epilogue, cpu_device()), first);
+  const auto other = plan(problem, {}, cpu_device());
+  EXPECT_NE(other, first);
+  EXPECT_NE(plan(problem, epilogue, cpu_device(), kernel_names(Backend::cpu).back()), first);
+  clear_plan_cache();
+  EXPECT_NE(plan(problem, epilogue, cpu_device()), first);
+  EXPECT_EQ(first->problem, problem) << "a plan in use survives the cache";
+}
+
+TEST(PlanCache, IsSharedByThreads) {
+  clear_plan_cache();
+  std::atomic<int> wrong = 0;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 400; ++i) {
+        Problem problem = parse_problem("1d c2>2 i4 t3");
+        problem.input[2] = 4 + i % 20;
+        const auto found = plan(problem, {}, cpu_device());
+        wrong += found->problem != problem;
+        if (i % 97 == 0) clear_plan_cache();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST(PlanCache, AHitIsCheap) {
+  const auto [problem, epilogue] = parse_problem_and_epilogue("2d b8 c64>64 i64x64 t3 | bias gelu group_norm(8,affine)");
+  const Device device = cpu_device();
+  plan(problem, epilogue, device);
+  double best = 1e9;
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < 1000; ++i) plan(problem, epilogue, device);
+    best = std::min(best, std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count() / 1000);
+  }
+  RecordProperty("nanoseconds", static_cast<int>(best));
+  std::printf("plan cache hit: %.0f ns\n", best);
+#if defined(NDEBUG) && !defined(__SANITIZE_ADDRESS__)
+  EXPECT_LT(best, 1500) << "300 ns on an idle machine; five times that leaves room for a busy one";
+#endif
+}
+
+// ---- the registered kernels ----
+
+constexpr const char* kDevices[] = {"h200", "a100", "cpu_avx512", "cpu_avx2", "cpu_portable"};
+
+std::vector<std::string> problems() {
+  std::ifstream file(TCONV_TESTS_DIR "/problems.txt");
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(file, line);) {
+    line = line.substr(0, line.find('#'));
+    if (line.find_first_not_of(' ') != std::string::npos) lines.push_back(line);
+  }
+  return lines;
+}
+
+TEST(Registered, EveryProblemHasAPlanOnEveryDevice) {
+  ASSERT_GT(problems().size(), 100u);
+  for (const char* name : kDevices) {
+    const Device device = known_device(name);
+    if (kernels(device.backend).empty()) continue;
+    for (const std::string& line : problems()) {
+      const auto [problem, epilogue] = parse_problem_and_epilogue(line);
+      Plan plan;
+      ASSERT_NO_THROW(plan = make_plan(problem, epilogue, device, {}, kernels(device.backend))) << line << "\non " << name;
+      for (const Candidate& candidate : plan.candidates) {
+        if (candidate.fit) {
+          ASSERT_GT(candidate.fit.microseconds, 0) << candidate.kernel << " for " << line;
+          ASSERT_LT(candidate.fit.microseconds, 1e12) << candidate.kernel << " for " << line;
+        }
+      }
+    }
+  }
+}
+
+// A kernel that no problem would ever run on any device is dead weight. The last of a list, the fallback, may be.
+TEST(Registered, EveryKernelIsChosenSomewhere) {
+  std::map<Backend, std::set<std::string>> chosen;
+  for (const char* name : kDevices) {
+    const Device device = known_device(name);
+    if (kernels(device.backend).empty()) continue;
+    for (const std::string& line : problems()) {
+      const auto [problem, epilogue] = parse_problem_and_epilogue(line);
+      const Plan plan = make_plan(problem, epilogue, device, {}, kernels(device.backend));
+      for (const Step& step : plan.steps) chosen[device.backend].insert(std::string(step.kernel->name));
+    }
+  }
+  for (const Backend backend : {Backend::cpu, Backend::cuda}) {
+    const auto names = kernel_names(backend);
+    for (std::size_t i = 0; i + 1 < names.size(); ++i) {
+      EXPECT_TRUE(chosen[backend].contains(names[i])) << names[i] << " is never chosen";
+    }
+  }
+}
+
+TEST(Registered, NamesAreUnique) {
+  for (const Backend backend : {Backend::cpu, Backend::cuda}) {
+    const auto names = kernel_names(backend);
+    EXPECT_EQ(std::set<std::string>(names.begin(), names.end()).size(), names.size());
+  }
+}
+
+TEST(Registered, PlansForHandWrittenGpusCannotRun) {
+  if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
+  const auto made = plan(parse_problem("2d c64>64 i8x8 t3"), {}, known_device("h200"));
+  EXPECT_THROW(execute(*made, {}), std::runtime_error);
+}
+
+std::string snapshot() {
+  std::ostringstream text;
+  text << "# What is chosen for the problems that matter. Written by planner_test with TCONV_UPDATE_SNAPSHOT=1.\n";
+  for (const char* name : {"h200", "cpu_avx512"}) {
+    const Device device = known_device(name);
+    for (const std::string& line : problems()) {
+      const auto [problem, epilogue] = parse_problem_and_epilogue(line);
+      if (useful_flops(problem) < 1e9) continue;
+      const Plan plan = make_plan(problem, epilogue, device, {}, kernels(device.backend));
+      text << name << " | " << to_string(problem, epilogue) << " =>";
+      for (const Step& step : plan.steps) text << " " << step.kernel->name << ":" << to_string(step.config);
+      text << "\n";
+    }
+  }
+  return text.str();
+}
+
+TEST(Registered, ChoicesMatchTheSnapshot) {
+  const char* path = TCONV_TESTS_DIR "/planner_snapshot.txt";
+  const std::string now = snapshot();
+  if (std::getenv("TCONV_UPDATE_SNAPSHOT") != nullptr) {
+    std::ofstream(path) << now;
+    return;
+  }
+  std::ifstream file(path);
+  std::istringstream current(now);
+  int differences = 0;
+  std::string expected, actual;
+  while (true) {
+    const bool more_expected = static_cast<bool>(std::getline(file, expected));
+    const bool more_actual = static_cast<bool>(std::getline(current, actual));
+    if (!more_expected && !more_actual) break;
+    if (!more_expected) expected.clear();
+    if (!more_actual) actual.clear();
+    if (expected != actual && ++differences <= 10) ADD_FAILURE() << "was  " << expected << "\nis   " << actual;
+  }
+  EXPECT_EQ(differences, 0) << "if the change is meant: TCONV_UPDATE_SNAPSHOT=1 planner_test --gtest_filter='Registered.*'";
+}
+
+}  // namespace
+}  // namespace tconv
