@@ -77,13 +77,12 @@ def draw(record: dict[str, Any], target: Path) -> None:
             axis.spines[side].set_visible(False)
         axis.tick_params(axis="y", length=0)
         axis.tick_params(axis="x", labelsize=8)
-    axes[0, 0].legend(loc="lower right", fontsize=8, frameon=False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper right", ncols=3, fontsize=8.5, frameon=False)
     axes[-1, 0].set_xlabel("milliseconds (log scale); the number is PyTorch ÷ tconv", fontsize=8.5)
     machine = record["machine"]
-    figure.suptitle(
-        f"{machine['name']}, PyTorch {record['versions']['torch']}, commit {record['commit'][:10]}", fontsize=10.5, x=0.02,
-        ha="left",
-    )  # fmt: skip
+    title = f"{machine['name']}, PyTorch {record['versions']['torch']}, commit {record['commit'][:10]}"
+    figure.suptitle(title, fontsize=10.5, x=0.02, ha="left")
     figure.tight_layout(rect=(0, 0, 1, 0.995))
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)

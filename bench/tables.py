@@ -150,7 +150,8 @@ def regrets(record: dict[str, Any]) -> str:
 def results_page() -> str:
     parts = [
         "# Results\n\nWritten by `make tables` from `bench/results`; how it is measured is in"
-        " [numerics](numerics.md#measuring). A ratio is PyTorch's time ÷ tconv's, *of floor* the floor ÷ tconv's time.\n"
+        " [numerics](numerics.md#measuring).\n"
+        "A ratio is PyTorch's time ÷ tconv's, *of floor* the floor ÷ tconv's time.\n"
     ]
     for stem, record in records():
         host = record["host_us_per_call"]
