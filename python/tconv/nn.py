@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -298,8 +298,16 @@ class Recipe:
             self.ops.append(answer)
 
 
-def run_chain(conv: Any, recipe: Recipe, ops: Sequence[Any], input: Tensor, extra: Sequence[Tensor]) -> Tensor:
-    """``ops(conv(pre(input)))`` in one plan as far as it goes; what does not fit runs as its own module afterwards.
+class Assembled(NamedTuple):
+    """A call of a chain, ready for ``_fused.call``, and how far it reaches."""
+
+    arguments: Tuple[_core.Geometry, Tensor, Tensor, Optional[Tensor], List[Tensor], str]
+    fused: int  # operations in the plan
+    used: int  # extra arguments in the plan
+
+
+def assemble(conv: Any, recipe: Recipe, ops: Sequence[Any], input: Tensor, extra: Sequence[Tensor]) -> Assembled:
+    """The longest part of a chain that one plan can do now.
 
     What may not fit at a call although it is of the grammar: BatchNorm in training mode (PyTorch's batch_norm then runs,
     and everything after it), and a residual of another dtype or shape.
@@ -344,9 +352,17 @@ def run_chain(conv: Any, recipe: Recipe, ops: Sequence[Any], input: Tensor, extr
         conv.dilation,
         getattr(conv, "precision", None),
     )
-    output = _fused.call(geom, input, weight, bias, operands, text)
+    return Assembled((geom, input, weight, bias, operands, text), fused, used)
+
+
+def run_chain(conv: Any, recipe: Recipe, ops: Sequence[Any], input: Tensor, extra: Sequence[Tensor]) -> Tensor:
+    """``ops(conv(pre(input)))``; what does not fit into the plan runs as its own module afterwards."""
+    arguments, fused, used = assemble(conv, recipe, ops, input, extra)
+    output = _fused.call(*arguments)
     for module, word in zip(ops[fused:], recipe.ops[fused:]):
-        output = module(output, extra[used]) if word.residual else module(output)
+        # In an optimized model the module itself passes through, because this layer does its work.
+        alone = getattr(module, "apply_alone", module)
+        output = alone(output, extra[used]) if word.residual else alone(output)
         used += word.residual
     return output
 
