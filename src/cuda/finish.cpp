@@ -216,8 +216,8 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
     return fit;
   }
   const Geometry g = geometry(problem, epilogue, device);
-  if (std::max(g.row_blocks, g.position_blocks) > INT32_MAX) {
-    fit.refusal = "more than 2^31 - 1 blocks";
+  if (g.arguments.batch * g.arguments.channels > INT32_MAX || std::max(g.row_blocks, g.position_blocks) > INT32_MAX) {
+    fit.refusal = "more than 2^31 - 1 rows or blocks";
     return fit;
   }
   const int norm = norm_number(epilogue);

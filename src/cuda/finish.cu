@@ -50,13 +50,13 @@ struct Walk {
 
   __device__ explicit Walk(const Arguments& a) {
     const int thread = static_cast<int>(threadIdx.x);
-    long long block = blockIdx.x, chunk = 0;
+    unsigned block = blockIdx.x, chunk = 0;  // rows are fewer than 2^32
+    const unsigned chunks = static_cast<unsigned>(a.chunks), channels = static_cast<unsigned>(a.channels);
 #if TCONV_CHANNELS_LAST
-    chunk = block % a.chunks;
-    block /= a.chunks;
-    const long long tiles = (a.channels + kThreads - 1) / kThreads;
-    const long long tile = block % tiles * kThreads;
-    columns = static_cast<int>(a.channels - tile < kThreads ? a.channels - tile : kThreads);
+    chunk = block % chunks;
+    block /= chunks;
+    const unsigned tiles = (channels + kThreads - 1) / kThreads, tile = block % tiles * kThreads;
+    columns = static_cast<int>(channels - tile < kThreads ? channels - tile : kThreads);
     b = block / tiles;
     lanes = kThreads / columns;
     lane = thread / columns;
@@ -68,14 +68,14 @@ struct Walk {
     lane = thread % lanes;
     columns = kThreads / lanes;
     if (lanes == kThreads) {
-      chunk = block % a.chunks;
-      block /= a.chunks;
+      chunk = block % chunks;
+      block /= chunks;
     } else {
       block = block * columns + thread / lanes;
     }
     active = block < a.batch * a.channels;
-    b = block / a.channels;
-    channel = static_cast<int>(block % a.channels);
+    b = block / channels;
+    channel = static_cast<int>(block % channels);
     row = block * a.positions;
 #endif
     first = chunk * a.chunk;
@@ -215,7 +215,7 @@ __device__ Values<count> reduce_row(const Walk& walk, Values<count> value) {
 // Where the statistics of an element are.
 __device__ __forceinline__ long long statistic(const Arguments& a, const Walk& walk, long long position) {
 #if TCONV_NORM == 1
-  return walk.b * a.groups + walk.channel / (a.channels / a.groups);
+  return walk.b * a.groups + walk.channel / static_cast<int>(a.channels / a.groups);
 #else
   return walk.b * a.positions + position;
 #endif
@@ -337,9 +337,9 @@ struct Across {
     slices = kThreads / 32;
     const long long within = threadIdx.x % 32;
 #endif
-    const long long tiles = (a.positions + kPositions - 1) / kPositions;
+    const unsigned tiles = static_cast<unsigned>((a.positions + kPositions - 1) / kPositions);
     b = blockIdx.x / tiles;
-    position = blockIdx.x % tiles * kPositions + within;
+    position = static_cast<long long>(blockIdx.x % tiles) * kPositions + within;
     active = position < a.positions;
 #if TCONV_CHANNELS_LAST
     row = (b * a.positions + position) * a.channels;
