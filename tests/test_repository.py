@@ -108,7 +108,7 @@ def test_public_headers_compile_alone(tmp_path: Path) -> None:
         unit = tmp_path / "unit.cpp"
         unit.write_text(f'#include "{header}"\n')
         answer = subprocess.run(
-            [compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{ROOT / 'include'}", str(unit)],
+            [compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{ROOT}/include", str(unit)],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert answer.returncode == 0, f"{named(header)} does not compile alone:\n{answer.stderr}"
