@@ -19,6 +19,16 @@ foreach(source IN LISTS tests)
   gtest_discover_tests(${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
 endforeach()
 
+if(TCONV_TOOLS)
+  add_test(NAME tool_plan COMMAND tconv_tool plan "2d c6>8 i5x7 t3 s2 p1 | bias gelu")
+  set_tests_properties(tool_plan PROPERTIES PASS_REGULAR_EXPRESSION "chosen  [a-z0-9_]+:")
+  add_test(NAME tool_check COMMAND tconv_tool check --device cpu --seed 1 "2d c6>8 i5x7 t3 s2 p1 | bias gelu")
+  add_test(NAME tool_time COMMAND tconv_tool time --runs 3 "2d c6>8 i5x7 t3 s2 p1 | bias gelu group_norm(2,affine)")
+  set_tests_properties(tool_time PROPERTIES PASS_REGULAR_EXPRESSION "c6>8 i5x7")
+  add_test(NAME tool_refuses COMMAND tconv_tool plan "2d c6>8 i5x7 t3 s0")
+  set_tests_properties(tool_refuses PROPERTIES PASS_REGULAR_EXPRESSION "stride must be greater than zero")
+endif()
+
 if(TCONV_TOP_LEVEL AND NOT TCONV_SANITIZE)
   add_test(NAME install_and_find_package
            COMMAND ${CMAKE_COMMAND} -DBUILD_DIR=${PROJECT_BINARY_DIR} -DSOURCE_DIR=${PROJECT_SOURCE_DIR}/examples/cpp
