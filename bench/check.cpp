@@ -101,9 +101,9 @@ Inputs make_inputs(const Problem& problem, const Epilogue& epilogue, std::uint64
                         : fill({"input", Shape::input, problem.dtype, input_elements(problem)});
   in.weight = fill({"weight", Shape::weight, problem.dtype, weight_elements(problem)});
   in.bias = fill({"bias", Shape::channels, problem.dtype, problem.out_channels});
-  in.grad_output = fill({"grad_output", Shape::output,
-                         problem.direction == Direction::grad_epilogue ? output_dtype : problem.dtype,
-                         output_elements(problem)});
+  in.grad_output =
+      fill({"grad_output", Shape::output, problem.direction == Direction::grad_epilogue ? output_dtype : problem.dtype,
+            output_elements(problem)});
   const DType operand_dtype = epilogue.operand_dtype.value_or(problem.dtype);
   for (const Op& op : epilogue.ops) {
     for (int k = 0; k < num_operands(op); ++k) {
@@ -138,7 +138,8 @@ Outputs make_outputs(const Problem& problem, const Epilogue& epilogue) {
       out.tensors.emplace_back("gradient of raw", Shape::output, problem.dtype, output_elements(problem));
       break;
   }
-  if (has_grad_bias(problem)) out.tensors.emplace_back("grad_bias", Shape::channels, problem.dtype, problem.out_channels);
+  if (has_grad_bias(problem))
+    out.tensors.emplace_back("grad_bias", Shape::channels, problem.dtype, problem.out_channels);
   if (saves_raw(problem, epilogue)) {
     out.tensors.emplace_back("raw", Shape::output, problem.dtype, output_elements(problem));
   }
@@ -258,7 +259,8 @@ Tolerance tolerance_of(const Tensor& tensor, bool main, const Problem& problem, 
   if (tensor.shape == Shape::statistics) {
     Tolerance result = tolerance(problem, before);
     const double rounding = 4 * unit_roundoff(problem.dtype) * (2 * std::sqrt(num_terms(problem)) + 2);
-    result.absolute = (result.absolute + rounding) * std::max(1.0, chain_gain(epilogue.ops, std::max(1.0, rstd * rstd)));
+    result.absolute =
+        (result.absolute + rounding) * std::max(1.0, chain_gain(epilogue.ops, std::max(1.0, rstd * rstd)));
     return result;
   }
   // Gradients of operands: sums over all positions of values that went through the chain backward.
@@ -308,8 +310,8 @@ double compare(const Tensor& got, const Tensor& expected, const Tolerance& allow
   if (wrong > outliers) {
     char text[256];
     const double x = got.get(first_wrong), y = expected.get(first_wrong);
-    std::snprintf(text, sizeof text, ": got %.9g, expected %.9g, difference %.3g, allowed %.3g; %lld of %lld differ", x, y,
-                  std::abs(x - y), allowed.absolute + allowed.relative * std::abs(y), static_cast<long long>(wrong),
+    std::snprintf(text, sizeof text, ": got %.9g, expected %.9g, difference %.3g, allowed %.3g; %lld of %lld differ", x,
+                  y, std::abs(x - y), allowed.absolute + allowed.relative * std::abs(y), static_cast<long long>(wrong),
                   static_cast<long long>(expected.elements));
     failure = got.name + coordinates(problem, got.shape, first_wrong) + text;
     worst = std::max(worst, 2.0);
@@ -356,11 +358,12 @@ Problem reduced(const Problem& problem, double max_products) {
     return useful_flops(forward) / 2 > max_products || double(output_elements(smaller)) > max_products;
   };
   while (too_large()) {
-    const int dim = static_cast<int>(std::max_element(smaller.input.begin(), smaller.input.end()) - smaller.input.begin());
+    const int dim =
+        static_cast<int>(std::max_element(smaller.input.begin(), smaller.input.end()) - smaller.input.begin());
     const std::int64_t size = smaller.input[dim];
     if (size <= 3) break;
-    smaller.input[dim] = std::max<std::int64_t>(3, (size * 3 / 4) | 1) < size ? std::max<std::int64_t>(3, (size * 3 / 4) | 1)
-                                                                             : size - 1;
+    smaller.input[dim] =
+        std::max<std::int64_t>(3, (size * 3 / 4) | 1) < size ? std::max<std::int64_t>(3, (size * 3 / 4) | 1) : size - 1;
     if (output_size(smaller)[dim] < 1) {
       smaller.input[dim] = size;
       break;
@@ -405,10 +408,9 @@ std::vector<CheckResult> check(const Problem& stated, const Epilogue& epilogue, 
         }
         for (std::size_t i = 0; result.failure.empty() && i < got.tensors.size(); ++i) {
           const Tensor& tensor = expected.tensors[i];
-          result.worst = std::max(result.worst, compare(got.tensors[i], tensor,
-                                                        tolerance_of(tensor, i == 0, problem, epilogue, rstd), problem,
-                                                        allowed_outliers(problem, epilogue, tensor.elements),
-                                                        result.failure));
+          result.worst = std::max(
+              result.worst, compare(got.tensors[i], tensor, tolerance_of(tensor, i == 0, problem, epilogue, rstd),
+                                    problem, allowed_outliers(problem, epilogue, tensor.elements), result.failure));
           if (result.failure.empty() && got.tensors[i].bytes != again.tensors[i].bytes) {
             result.failure = tensor.name + ": two runs of the same plan gave different bits";
           }
@@ -417,8 +419,8 @@ std::vector<CheckResult> check(const Problem& stated, const Epilogue& epilogue, 
         result.failure = error.what();
       }
       if (!result.failure.empty()) {
-        result.failure += "\n  tconv check --seed " + std::to_string(options.seed) + " --only " + result.kernel + " \"" +
-                          line + "\"";
+        result.failure +=
+            "\n  tconv check --seed " + std::to_string(options.seed) + " --only " + result.kernel + " \"" + line + "\"";
       }
       results.push_back(std::move(result));
     }

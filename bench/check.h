@@ -11,15 +11,15 @@
 namespace tconv::bench {
 
 struct CheckOptions {
-  std::string only;          // a kernel's name, or name:config; empty: all
-  std::uint64_t seed = 0;    // of the data
-  double max_products = 0;   // reduce larger problems to about this many multiply-adds; 0: never
+  std::string only;         // a kernel's name, or name:config; empty: all
+  std::uint64_t seed = 0;   // of the data
+  double max_products = 0;  // reduce larger problems to about this many multiply-adds; 0: never
 };
 
 struct CheckResult {
-  std::string kernel;      // name:config
-  double worst = 0;        // largest error as a fraction of its tolerance; above 1 is a failure
-  std::string failure;     // empty: passed. Coordinates, both values, and what to paste to see it again
+  std::string kernel;   // name:config
+  double worst = 0;     // largest error as a fraction of its tolerance; above 1 is a failure
+  std::string failure;  // empty: passed. Coordinates, both values, and what to paste to see it again
 };
 
 // The same problem with a smaller batch and smaller input sizes; kernels are specialised on neither.

@@ -159,7 +159,8 @@ int run_check(const Options& options) {
 // The least time a device needs: each tensor moved once, or the products at its highest rate.
 double floor_seconds(const Problem& problem, const Device& device) {
   double tflops = problem.dtype == DType::f64 ? device.fp64_tflops : device.fp32_tflops;
-  if (problem.dtype == DType::f32 && problem.precision == Precision::tf32) tflops = std::max(tflops, device.tf32_tflops);
+  if (problem.dtype == DType::f32 && problem.precision == Precision::tf32)
+    tflops = std::max(tflops, device.tf32_tflops);
   if (size_of(problem.dtype) == 2) tflops = std::max(tflops, device.f16_tflops);
   return std::max(minimum_bytes(problem) / (device.bandwidth_tbs * 1e12), useful_flops(problem) / (tflops * 1e12));
 }
@@ -252,9 +253,10 @@ int run_time(const Options& options) {
     std::sort(seconds.begin(), seconds.end());
     const double median = seconds[seconds.size() / 2];
     const Step& conv = chosen->steps[static_cast<std::size_t>(chosen->conv_step)];
-    std::printf("%10.4f %9.1f %10.1f %6.1f %% %10.4f  %s:%s, %s\n", median * 1e3, minimum_bytes(problem) / median * 1e-9,
-                useful_flops(problem) / median * 1e-9, 100 * floor_seconds(problem, device) / median,
-                chosen->microseconds * 1e-3, std::string(conv.kernel->name).c_str(), to_string(conv.config).c_str(),
+    std::printf("%10.4f %9.1f %10.1f %6.1f %% %10.4f  %s:%s, %s\n", median * 1e3,
+                minimum_bytes(problem) / median * 1e-9, useful_flops(problem) / median * 1e-9,
+                100 * floor_seconds(problem, device) / median, chosen->microseconds * 1e-3,
+                std::string(conv.kernel->name).c_str(), to_string(conv.config).c_str(),
                 to_string(problem, epilogue).c_str());
     std::fflush(stdout);
   }
@@ -290,8 +292,11 @@ int run_compile(const Options& options) {
           if (step.kernel->units == nullptr) continue;
           for (Unit& unit : step.kernel->units(step)) {
             if (!seen.insert(unit.source + '\0' + unit.entry + '\0' + unit.prelude).second) continue;
-            work.push_back({std::move(unit), std::string(step.kernel->name) + ":" + to_string(step.config),
-                            to_string(step.problem, step.epilogue), {}, {}});
+            work.push_back({std::move(unit),
+                            std::string(step.kernel->name) + ":" + to_string(step.config),
+                            to_string(step.problem, step.epilogue),
+                            {},
+                            {}});
           }
         }
       }
@@ -316,12 +321,13 @@ int run_compile(const Options& options) {
       if (!item.error.empty()) verdict = item.error;
       if (report.spill_bytes > 0) verdict += " spills";
       // Registers are handed out in units of 8 a thread; a multiprocessor has 65536.
-      if ((report.registers + 7) / 8 * 8 * ((item.unit.threads + 31) / 32 * 32) > 65536) verdict += " too many registers";
+      if ((report.registers + 7) / 8 * 8 * ((item.unit.threads + 31) / 32 * 32) > 65536)
+        verdict += " too many registers";
       if (shared > device.shared_memory_per_block) verdict += " too much shared memory";
       const std::lock_guard lock(print);
       bad += !verdict.empty();
-      std::printf("[%zu/%zu] %s  %3d registers  %5zu spilled  %6zu shared  %4d threads  %5.2f s%s  %s %s  %s\n",
-                  ++done, work.size(), verdict.empty() ? "ok  " : "FAIL", report.registers, report.spill_bytes, shared,
+      std::printf("[%zu/%zu] %s  %3d registers  %5zu spilled  %6zu shared  %4d threads  %5.2f s%s  %s %s  %s\n", ++done,
+                  work.size(), verdict.empty() ? "ok  " : "FAIL", report.registers, report.spill_bytes, shared,
                   item.unit.threads, report.seconds, report.from_cache ? " cached" : "", item.kernel.c_str(),
                   item.unit.entry.c_str(), item.problem.c_str());
       if (!verdict.empty()) std::printf("  %s\n", verdict.c_str());

@@ -15,14 +15,15 @@ namespace {
 struct OpInfo {
   std::string_view name;
   bool norm;
-  OperandKind operand;  // pointwise
-  int scalars;          // pointwise
+  OperandKind operand;                  // pointwise
+  int scalars;                          // pointwise
   int affine_operands, given_operands;  // norms
 };
 
 constexpr OpInfo kOps[] = {
 #define POINTWISE(name, operand, scalars, ...) {#name, false, OperandKind::operand, scalars, 0, 0},
-#define NORM(name, affine_operands, given_operands) {#name, true, OperandKind::none, 0, affine_operands, given_operands},
+#define NORM(name, affine_operands, given_operands) \
+  {#name, true, OperandKind::none, 0, affine_operands, given_operands},
 #include "tconv/epilogue.def"
 };
 
@@ -216,11 +217,9 @@ void validate(const Epilogue& epilogue, const Problem& problem) {
   }
   const bool gradient = problem.direction == Direction::grad_input || problem.direction == Direction::grad_weight;
   if (gradient && (epilogue.bias || !epilogue.ops.empty())) {
-    refuse("direction " + std::string(to_string(problem.direction)) + " takes no epilogue, got " +
-           to_string(epilogue));
+    refuse("direction " + std::string(to_string(problem.direction)) + " takes no epilogue, got " + to_string(epilogue));
   }
-  if (problem.direction != Direction::forward && problem.direction != Direction::grad_weight &&
-      !epilogue.pre.empty()) {
+  if (problem.direction != Direction::forward && problem.direction != Direction::grad_weight && !epilogue.pre.empty()) {
     refuse("direction " + std::string(to_string(problem.direction)) + " takes no pre-activation, got " +
            to_string(epilogue));
   }

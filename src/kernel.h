@@ -13,10 +13,10 @@ namespace tconv {
 
 // One device source to compile at run time (CUDA kernels only).
 struct Unit {
-  std::string source;   // name of the embedded .cu file: "phase_gemm_sm80.cu"
-  std::string entry;    // extern "C" __global__ function
-  std::string prelude;  // #define lines and generated functions put in front; the specialisation
-  int threads = 0;      // block size, for the launch-bounds report
+  std::string source;            // name of the embedded .cu file: "phase_gemm_sm80.cu"
+  std::string entry;             // extern "C" __global__ function
+  std::string prelude;           // #define lines and generated functions put in front; the specialisation
+  int threads = 0;               // block size, for the launch-bounds report
   std::size_t shared_bytes = 0;  // dynamic shared memory
 };
 

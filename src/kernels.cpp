@@ -36,7 +36,7 @@ std::span<const Kernel* const> kernels(Backend backend) {
   // The null keeps an empty list a valid array; it is not part of the span.
   static const Kernel* const cpu_kernels[] = {
 #if __has_include("cpu/kernels.def")
-#define KERNEL(name, source, target) KERNEL_##target(&cpu::name,)
+#define KERNEL(name, source, target) KERNEL_##target(&cpu::name, )
 #include "cpu/kernels.def"
 #undef KERNEL
 #endif

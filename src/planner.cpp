@@ -170,9 +170,7 @@ class Planner {
     return offered;
   }
 
-  bool converts() const {
-    return plan_.epilogue.output_dtype && *plan_.epilogue.output_dtype != plan_.problem.dtype;
-  }
+  bool converts() const { return plan_.epilogue.output_dtype && *plan_.epilogue.output_dtype != plan_.problem.dtype; }
 
   void consider(const Kernel& kernel, const Config& config) {
     Epilogue offered = offer();
@@ -296,13 +294,14 @@ class Planner {
       for (const Kernel* kernel : kernels_) {
         names.append(names.empty() ? "" : " ").append(kernel->name);
         if (filter_.admits(*kernel)) {
-          for (const Config& config : kernel->configs) names += " " + std::string(kernel->name) + ":" + to_string(config);
+          for (const Config& config : kernel->configs)
+            names += " " + std::string(kernel->name) + ":" + to_string(config);
         }
       }
       throw std::invalid_argument("no kernel is named `" + std::string(only_) + "`; known: " + names);
     }
-    throw std::invalid_argument("kernel " + std::string(only_) + " refuses `" + line + "`: " +
-                                plan_.candidates.front().fit.refusal);
+    throw std::invalid_argument("kernel " + std::string(only_) + " refuses `" + line +
+                                "`: " + plan_.candidates.front().fit.refusal);
   }
 
   std::span<const Kernel* const> kernels_;
@@ -498,8 +497,8 @@ void execute(const Plan& plan, const Tensors& tensors, Stream stream) {
     return;
   }
   void* raw = plan.raw_offset != Plan::npos ? workspace + plan.raw_offset
-              : plan.epilogue.save           ? tensors.raw
-                                             : tensors.output;
+              : plan.epilogue.save          ? tensors.raw
+                                            : tensors.output;
   if (plan.finish_step >= 0 && raw == nullptr) {
     throw std::invalid_argument("raw is null; a plan with `save` keeps the convolution's result there");
   }

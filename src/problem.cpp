@@ -200,9 +200,8 @@ void validate(const Problem& problem) {
       refuse("Given input size per channel: " + tuple(problem, problem.input) +
              ". Calculated output size per channel: " + tuple(problem, output) +
              ". Output size is too small; it must be at least 1 in every dimension, from kernel_size=" +
-             tuple(problem, problem.kernel) + ", stride=" + tuple(problem, problem.stride) +
-             ", padding=" + tuple(problem, problem.padding) +
-             ", output_padding=" + tuple(problem, problem.output_padding) +
+             tuple(problem, problem.kernel) + ", stride=" + tuple(problem, problem.stride) + ", padding=" +
+             tuple(problem, problem.padding) + ", output_padding=" + tuple(problem, problem.output_padding) +
              ", dilation=" + tuple(problem, problem.dilation));
     }
   }
@@ -245,11 +244,11 @@ Problem parse_problem(std::string_view text) {
       problem.rank = field[0] - '0';
       have_rank = true;
     } else if (parse_name(field, kDTypes, problem.dtype) || parse_name(field, kLayouts, problem.layout) ||
-               parse_name(field, kDirections, problem.direction) ||
-               parse_name(field, kPrecisions, problem.precision)) {
+               parse_name(field, kDirections, problem.direction) || parse_name(field, kPrecisions, problem.precision)) {
       continue;
     } else if (field.starts_with("op")) {
-      problem.output_padding = parse_dims(problem, field.substr(2), field, 0, "op<output_padding>, such as op1 or op1x0");
+      problem.output_padding =
+          parse_dims(problem, field.substr(2), field, 0, "op<output_padding>, such as op1 or op1x0");
     } else if (field[0] == 'b') {
       problem.batch = parse_number(field.substr(1), field, "b<batch>, such as b8");
     } else if (field[0] == 'g') {
@@ -278,7 +277,8 @@ Problem parse_problem(std::string_view text) {
     }
   }
   if (!have_rank || !have_channels || !have_input || !have_kernel) {
-    refuse("problem string: needs at least rank, channels, input size and kernel size, such as `2d c64>32 i16x16 t3x3`");
+    refuse(
+        "problem string: needs at least rank, channels, input size and kernel size, such as `2d c64>32 i16x16 t3x3`");
   }
   validate(problem);
   return problem;
@@ -295,8 +295,8 @@ std::size_t hash_value(const Problem& problem) {
   hash.add(problem.groups);
   hash.add(problem.in_channels);
   hash.add(problem.out_channels);
-  for (const Dims* dims : {&problem.input, &problem.kernel, &problem.stride, &problem.padding,
-                           &problem.output_padding, &problem.dilation}) {
+  for (const Dims* dims : {&problem.input, &problem.kernel, &problem.stride, &problem.padding, &problem.output_padding,
+                           &problem.dilation}) {
     for (const std::int64_t d : *dims) hash.add(d);
   }
   hash.add(problem.rank | static_cast<int>(problem.dtype) << 4 | static_cast<int>(problem.layout) << 8 |
@@ -318,8 +318,8 @@ std::int64_t weight_elements(const Problem& problem) {
 
 double useful_flops(const Problem& problem) {
   if (problem.direction == Direction::epilogue || problem.direction == Direction::grad_epilogue) return 0;
-  double flops = 2.0 * double(problem.batch) * double(problem.in_channels) *
-                 double(problem.out_channels / problem.groups);
+  double flops =
+      2.0 * double(problem.batch) * double(problem.in_channels) * double(problem.out_channels / problem.groups);
   for (int dim = 0; dim < 3; ++dim) flops *= pairs(problem, dim);
   return flops;
 }

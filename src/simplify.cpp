@@ -48,8 +48,8 @@ void forget_convolution(Problem& problem) {
   for (int dim = 0; dim < 3; ++dim) make_pointwise(problem, dim, output[dim]);
 }
 
-// Two adjacent pointwise dimensions of sizes m and n are one of size m*n: positions x*n + y are consecutive in memory in
-// both layouts, on the input and on the output, and each is mapped to itself. A pointwise dimension of size 1 adds
+// Two adjacent pointwise dimensions of sizes m and n are one of size m*n: positions x*n + y are consecutive in memory
+// in both layouts, on the input and on the output, and each is mapped to itself. A pointwise dimension of size 1 adds
 // nothing to the address and may be left out next to any dimension. The remaining ones move to the right.
 void merge_pointwise_dims(Problem& problem) {
   for (int dim = 1; dim >= 0; --dim) {

@@ -8,7 +8,8 @@
 // TF32  operands are rounded to 11 bits: n products, each off by at most 2 * 2^-11 and by 0.27 * 2^-11 in the mean
 //       square, add up to at most 2 * 2^-11 * sqrt(n) (seven standard deviations; exact bound for n = 1).
 // Store the rounding of the result to its dtype may go the other way than the reference's: 2 u relative.
-// Chain each operation multiplies what came before by its Lipschitz constant, a normalisation by rstd; an operation that
+// Chain each operation multiplies what came before by its Lipschitz constant, a normalisation by rstd; an operation
+// that
 //       is not fused stores its input, which adds a rounding of values of size up to 2 * sqrt(n) + 2.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -93,9 +94,8 @@ inline double chain_gain(const std::vector<Op>& ops, double rstd) {
 // Of the main result. `rstd`: the largest reciprocal deviation that the reference found, 1 without a normalisation.
 inline Tolerance tolerance(const Problem& problem, const Epilogue& epilogue = {}, double rstd = 1) {
   const double terms = num_terms(problem) * std::max(1.0, chain_gain(epilogue.pre, 1));
-  const DType stored = problem.direction == Direction::grad_epilogue
-                           ? problem.dtype
-                           : epilogue.output_dtype.value_or(problem.dtype);
+  const DType stored =
+      problem.direction == Direction::grad_epilogue ? problem.dtype : epilogue.output_dtype.value_or(problem.dtype);
   Tolerance result = sum_tolerance(problem.dtype, stored, terms, 1);
   if (problem.precision == Precision::tf32 && problem.dtype == DType::f32 && problem.direction != Direction::epilogue &&
       problem.direction != Direction::grad_epilogue) {

@@ -92,7 +92,8 @@ TEST(Epilogue, ReachSaysWhatMustBeSeenWhole) {
 TEST(Epilogue, RefusesWhatTheGrammarForbids) {
   EXPECT_EQ(refusal("pre:relu bias gelu group_norm(8,affine) relu"), "");
   EXPECT_CONTAINS(refusal("layer_norm relu group_norm(2)"), "one normalisation, got a second: group_norm(2");
-  EXPECT_CONTAINS(refusal("pre:layer_norm"), "pre must consist of pointwise operations without operands, got layer_norm");
+  EXPECT_CONTAINS(refusal("pre:layer_norm"),
+                  "pre must consist of pointwise operations without operands, got layer_norm");
   EXPECT_CONTAINS(refusal("pre:prelu"), "got prelu");
   EXPECT_CONTAINS(refusal("group_norm(3)"), "num_groups=3 and 8 channels");
   EXPECT_CONTAINS(refusal("group_norm(0)"), "num_groups=0");
@@ -116,16 +117,16 @@ TEST(Epilogue, HashAndEqualityFollowEveryField) {
   const std::string base = "pre:leaky_relu(0.1) bias gelu group_norm(8,eps=1e-05,affine) scale(2)";
   const Epilogue reference = parse_epilogue(base);
   EXPECT_EQ(hash_value(reference), hash_value(parse_epilogue(base)));
-  for (const char* other :
-       {"pre:leaky_relu(0.2) bias gelu group_norm(8,eps=1e-05,affine) scale(2)", "bias gelu group_norm(8,eps=1e-05,affine) scale(2)",
-        "pre:leaky_relu(0.1) gelu group_norm(8,eps=1e-05,affine) scale(2)",
-        "pre:leaky_relu(0.1) bias silu group_norm(8,eps=1e-05,affine) scale(2)",
-        "pre:leaky_relu(0.1) bias gelu group_norm(4,eps=1e-05,affine) scale(2)",
-        "pre:leaky_relu(0.1) bias gelu group_norm(8,eps=1e-06,affine) scale(2)",
-        "pre:leaky_relu(0.1) bias gelu group_norm(8,eps=1e-05) scale(2)",
-        "pre:leaky_relu(0.1) bias gelu group_norm(8,eps=1e-05,affine) scale(2) save",
-        "pre:leaky_relu(0.1) bias gelu group_norm(8,eps=1e-05,affine) scale(2) out:f32",
-        "pre:leaky_relu(0.1) bias gelu group_norm(8,eps=1e-05,affine) scale(2) operands:f32"}) {
+  for (const char* other : {"pre:leaky_relu(0.2) bias gelu group_norm(8,eps=1e-05,affine) scale(2)",
+                            "bias gelu group_norm(8,eps=1e-05,affine) scale(2)",
+                            "pre:leaky_relu(0.1) gelu group_norm(8,eps=1e-05,affine) scale(2)",
+                            "pre:leaky_relu(0.1) bias silu group_norm(8,eps=1e-05,affine) scale(2)",
+                            "pre:leaky_relu(0.1) bias gelu group_norm(4,eps=1e-05,affine) scale(2)",
+                            "pre:leaky_relu(0.1) bias gelu group_norm(8,eps=1e-06,affine) scale(2)",
+                            "pre:leaky_relu(0.1) bias gelu group_norm(8,eps=1e-05) scale(2)",
+                            "pre:leaky_relu(0.1) bias gelu group_norm(8,eps=1e-05,affine) scale(2) save",
+                            "pre:leaky_relu(0.1) bias gelu group_norm(8,eps=1e-05,affine) scale(2) out:f32",
+                            "pre:leaky_relu(0.1) bias gelu group_norm(8,eps=1e-05,affine) scale(2) operands:f32"}) {
     EXPECT_NE(reference, parse_epilogue(other));
     EXPECT_NE(hash_value(reference), hash_value(parse_epilogue(other))) << other;
   }

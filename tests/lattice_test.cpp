@@ -52,7 +52,8 @@ TEST(Lattice, HoldsExactlyTheTriplesOfTheDefinition) {
 }
 
 TEST(Lattice, ReportsShiftsAndEmptyPhases) {
-  for (const Problem& problem : {width(3, 5, 1, 2), width(2, 2, 0, 1), width(7, 3, 3, 1), width(1, 1, 0, 1), width(3, 4, 0, 2)}) {
+  for (const Problem& problem :
+       {width(3, 5, 1, 2), width(2, 2, 0, 1), width(7, 3, 3, 1), width(1, 1, 0, 1), width(3, 4, 0, 2)}) {
     const LatticeDim table = lattice(problem, 2);
     int taps = 0, empty = 0, smallest = 1 << 20, largest = -(1 << 20);
     for (const auto& phase : table.phases) {

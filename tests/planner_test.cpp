@@ -1,5 +1,5 @@
-// Choosing, pricing, splitting into steps, caching, running — with kernels defined here, whose prices are known, and with
-// the registered ones against hand-written devices. The snapshot holds every choice for the problems that matter:
+// Choosing, pricing, splitting into steps, caching, running — with kernels defined here, whose prices are known, and
+// with the registered ones against hand-written devices. The snapshot holds every choice for the problems that matter:
 //   TCONV_UPDATE_SNAPSHOT=1 planner_test --gtest_filter='Registered.*'    writes it anew
 // SPDX-License-Identifier: Apache-2.0
 #include "planner.h"
@@ -61,7 +61,8 @@ const Kernel kPlain = {"plain", kPlainConfigs, fit_plain, nullptr, nullptr, reco
 constexpr Config kOne[] = {{}};
 Fit fit_fusing(const Problem& problem, const Epilogue& epilogue, const Device&, const Config&) {
   if (!convolves(problem)) return refuse("computes convolutions only");
-  if (epilogue.output_dtype && *epilogue.output_dtype != problem.dtype) return refuse("stores the problem's dtype only");
+  if (epilogue.output_dtype && *epilogue.output_dtype != problem.dtype)
+    return refuse("stores the problem's dtype only");
   Fit fit;
   fit.microseconds = 20;
   fit.fused_pre = true;
@@ -221,7 +222,8 @@ TEST(Planner, RunsTheStepsOnTheRightTensors) {
 }
 
 TEST(Planner, EmptyResultsNeedNoStep) {
-  for (const char* line : {"2d b0 c4>4 i3x3 t3", "2d b0 c4>4 i3x3 t3 grad_input", "2d b0 c4>4 i3x3 t3 epilogue | relu"}) {
+  for (const char* line :
+       {"2d b0 c4>4 i3x3 t3", "2d b0 c4>4 i3x3 t3 grad_input", "2d b0 c4>4 i3x3 t3 epilogue | relu"}) {
     const Plan plan = plan_of(line);
     EXPECT_TRUE(plan.steps.empty()) << line;
     execute(plan, {});
@@ -248,8 +250,10 @@ TEST(Planner, OnlyRestrictsAndSaysWhyNot) {
     }
     return "";
   };
-  EXPECT_CONTAINS(refusal("2d c4>4 i3x3 t3 grad_input", "plain"), "plain refuses `2d c4>4 i3x3 t3x3 grad_input`: computes forward only");
-  EXPECT_CONTAINS(refusal("2d c4>4 i3x3 t3", "planner"), "no kernel is named `planner`; known: plain fusing chain fallback");
+  EXPECT_CONTAINS(refusal("2d c4>4 i3x3 t3 grad_input", "plain"),
+                  "plain refuses `2d c4>4 i3x3 t3x3 grad_input`: computes forward only");
+  EXPECT_CONTAINS(refusal("2d c4>4 i3x3 t3", "planner"),
+                  "no kernel is named `planner`; known: plain fusing chain fallback");
   EXPECT_CONTAINS(refusal("2d c4>4 i3x3 t3", "plain:8x8"), "known: plain plain:16x16x8 plain:64x32x8,s3,w8");
 }
 
@@ -310,14 +314,16 @@ TEST(PlanCache, IsSharedByThreads) {
 }
 
 TEST(PlanCache, AHitIsCheap) {
-  const auto [problem, epilogue] = parse_problem_and_epilogue("2d b8 c64>64 i64x64 t3 | bias gelu group_norm(8,affine)");
+  const auto [problem, epilogue] =
+      parse_problem_and_epilogue("2d b8 c64>64 i64x64 t3 | bias gelu group_norm(8,affine)");
   const Device device = cpu_device();
   plan(problem, epilogue, device);
   double best = 1e9;
   for (int repeat = 0; repeat < 20; ++repeat) {
     const auto start = std::chrono::steady_clock::now();
     for (int i = 0; i < 1000; ++i) plan(problem, epilogue, device);
-    best = std::min(best, std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count() / 1000);
+    best = std::min(best,
+                    std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count() / 1000);
   }
   RecordProperty("nanoseconds", static_cast<int>(best));
   std::printf("plan cache hit: %.0f ns\n", best);
@@ -348,7 +354,8 @@ TEST(Registered, EveryProblemHasAPlanOnEveryDevice) {
     for (const std::string& line : problems()) {
       const auto [problem, epilogue] = parse_problem_and_epilogue(line);
       Plan plan;
-      ASSERT_NO_THROW(plan = make_plan(problem, epilogue, device, {}, kernels(device.backend))) << line << "\non " << name;
+      ASSERT_NO_THROW(plan = make_plan(problem, epilogue, device, {}, kernels(device.backend)))
+          << line << "\non " << name;
       for (const Candidate& candidate : plan.candidates) {
         if (candidate.fit) {
           ASSERT_GT(candidate.fit.microseconds, 0) << candidate.kernel << " for " << line;
@@ -428,7 +435,8 @@ TEST(Registered, ChoicesMatchTheSnapshot) {
     if (!more_actual) actual.clear();
     if (expected != actual && ++differences <= 10) ADD_FAILURE() << "was  " << expected << "\nis   " << actual;
   }
-  EXPECT_EQ(differences, 0) << "if the change is meant: TCONV_UPDATE_SNAPSHOT=1 planner_test --gtest_filter='Registered.*'";
+  EXPECT_EQ(differences, 0)
+      << "if the change is meant: TCONV_UPDATE_SNAPSHOT=1 planner_test --gtest_filter='Registered.*'";
 }
 
 }  // namespace

@@ -93,8 +93,9 @@ TEST(Problem, RefusesWhatPyTorchRefuses) {
   EXPECT_CONTAINS(refusal("2d c2>0 i4x4 t3"), "out_channels=0");
   EXPECT_CONTAINS(refusal("2d b-1 c2>2 i4x4 t3"), "batch=-1");
   EXPECT_CONTAINS(refusal("2d c2>2 i0x4 t3"), "input size=(0, 4)");
-  EXPECT_CONTAINS(refusal("2d c2>2 i4x1 t2 p0x1"),
-                  "Given input size per channel: (4, 1). Calculated output size per channel: (5, 0). Output size is too small");
+  EXPECT_CONTAINS(
+      refusal("2d c2>2 i4x1 t2 p0x1"),
+      "Given input size per channel: (4, 1). Calculated output size per channel: (5, 0). Output size is too small");
 }
 
 TEST(Problem, AcceptsWhatPyTorchAccepts) {
@@ -131,7 +132,8 @@ TEST(Problem, RejectsUnusedDimensionsThatAreSet) {
 
 TEST(Problem, CountsProductsThatLandOnAnOutput) {
   // By brute force over every (i, t) of one dimension; the other dimensions multiply.
-  for (const char* text : {"1d b2 g2 c4>6 i7 t5 s3 p4 d2 op1", "1d c1>1 i1 t1", "1d c3>2 i9 t7 s1 p6", "1d c1>1 i4 t2 s5"}) {
+  for (const char* text :
+       {"1d b2 g2 c4>6 i7 t5 s3 p4 d2 op1", "1d c1>1 i1 t1", "1d c3>2 i9 t7 s1 p6", "1d c1>1 i4 t2 s5"}) {
     const Problem p = parse_problem(text);
     const std::int64_t size = output_size(p)[2];
     double pairs = 0;

@@ -1,6 +1,5 @@
-// Each rewrite, and that none of them changes a result: the reference on the stated problem against the reference on the
-// simpler one, over the same memory.
-// SPDX-License-Identifier: Apache-2.0
+// Each rewrite, and that none of them changes a result: the reference on the stated problem against the reference on
+// the simpler one, over the same memory. SPDX-License-Identifier: Apache-2.0
 #include "simplify.h"
 
 #include <gtest/gtest.h>
@@ -56,7 +55,8 @@ TEST(Simplify, AnEpilogueNeedsNoConvolution) {
 }
 
 TEST(Simplify, IsIdempotent) {
-  for (const char* text : {"3d b2 c2>3 i4x5x6 t1x1x3", "2d b2 c2>3 i4x5 t1x3 channels_last", "3d c2>2 i1x1x1 t3 s2 p1 op1"}) {
+  for (const char* text :
+       {"3d b2 c2>3 i4x5x6 t1x1x3", "2d b2 c2>3 i4x5 t1x3 channels_last", "3d c2>2 i1x1x1 t3 s2 p1 op1"}) {
     const Problem once = simplify(parse_problem(text), {});
     EXPECT_EQ(simplify(once, {}), once) << text;
   }
@@ -97,7 +97,8 @@ std::vector<double> run_reference(const Problem& problem, const Epilogue& epilog
 TEST(Simplify, KeepsEveryResult) {
   std::mt19937 random(11);
   const auto draw = [&](int low, int high) { return std::uniform_int_distribution<std::int64_t>(low, high)(random); };
-  const char* chains[] = {"", "bias", "bias group_norm(1,affine)", "layer_norm(affine) relu", "add_channel gelu scale_channel"};
+  const char* chains[] = {"", "bias", "bias group_norm(1,affine)", "layer_norm(affine) relu",
+                          "add_channel gelu scale_channel"};
   int changed = 0;
   for (int trial = 0; trial < 3000; ++trial) {
     Problem p;
@@ -134,7 +135,8 @@ TEST(Simplify, KeepsEveryResult) {
     const auto simpler = run_reference(simple, epilogue, static_cast<std::size_t>(elements));
     for (std::size_t i = 0; i < stated.size(); ++i) {
       // Statistics of few values amplify the last bits by up to 1 / sqrt(eps).
-      ASSERT_NEAR(stated[i], simpler[i], 1e-10) << to_string(p, epilogue) << "\n" << to_string(simple, epilogue) << "\nat " << i;
+      ASSERT_NEAR(stated[i], simpler[i], 1e-10) << to_string(p, epilogue) << "\n"
+                                                << to_string(simple, epilogue) << "\nat " << i;
     }
   }
   EXPECT_GT(changed, 500);

@@ -35,8 +35,8 @@ struct Device {
   friend bool operator==(const Device&, const Device&) = default;
 };
 
-Device cpu_device();              // this machine, detected once
-Device cuda_device(int index);    // throws std::runtime_error: no driver, no such device, driver too old
+Device cpu_device();               // this machine, detected once
+Device cuda_device(int index);     // throws std::runtime_error: no driver, no such device, driver too old
 int cuda_device_count() noexcept;  // 0 without a driver
 
 // Hand-written devices, for planning without them.

@@ -50,8 +50,8 @@ struct Step {
   double microseconds = 0;
   std::size_t workspace_offset = 0;  // where the step's own workspace starts
   std::size_t workspace_bytes = 0;
-  int first_operand = 0;             // this step's first slot in Tensors::operands
-  std::shared_ptr<void> state;       // what the kernel prepared: compiled functions
+  int first_operand = 0;        // this step's first slot in Tensors::operands
+  std::shared_ptr<void> state;  // what the kernel prepared: compiled functions
 };
 
 struct Candidate {

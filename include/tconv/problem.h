@@ -2,9 +2,8 @@
 //
 // Computes  output[b, co, o] = bias[co] + sum over ci, t with o = s*i + d*t - p of input[b, ci, i] * weight[ci, co, t]
 // Letters   b batch, g group, ci/co channels, i/o input and output position, t tap, s stride, p padding, d dilation
-// Every dimension array is (depth, height, width); a problem of lower rank leaves the leading entries at their defaults,
-// so a kernel written for three dimensions serves all ranks.
-// SPDX-License-Identifier: Apache-2.0
+// Every dimension array is (depth, height, width); a problem of lower rank leaves the leading entries at their
+// defaults, so a kernel written for three dimensions serves all ranks. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <array>
@@ -71,9 +70,7 @@ std::string_view to_string(Precision precision);
 std::size_t hash_value(const Problem& problem);
 
 // Bytes of one element.
-constexpr std::size_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+constexpr std::size_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 constexpr std::int64_t volume(const Dims& dims) { return dims[0] * dims[1] * dims[2]; }
 
