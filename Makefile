@@ -71,7 +71,7 @@ format: ## rewrite the sources in the project's format
 	@$(PY) -m ruff format .
 	@.venv/bin/clang-format -i $(CPP_SOURCES)
 
-wheel: ## dist/*.whl, one file for every PyTorch and Python
+wheel: ## dist/*.whl, one file for every PyTorch and Python; GPU_PYTHON=3.12 adds the tests' packages in dist/deps
 	@$(SETUP) wheel
 
 clean: ## remove what was built; the virtual environment stays

@@ -11,6 +11,7 @@ Environment
           already has PyTorch first (its packages are then used through --system-site-packages)
   TORCH   what pip installs when PyTorch is missing; default torch==2.13.0. pip takes a CPU build of that version by
           itself where its configuration offers one (a find-links folder or an extra index).
+  GPU_PYTHON  with `wheel`: also fetch the packages of the tests for that Python, for a machine without network
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ PACKAGES: dict[str, list[str]] = {
     "demo": ["pillow>=10", "onnx>=1.16"],
     "plot": ["matplotlib>=3.8"],
 }
+# What the tests need on a machine without network, apart from PyTorch: `make wheel GPU_PYTHON=3.12` adds it to dist/deps.
+GPU_TEST_PACKAGES = ["pytest", "pluggy", "iniconfig", "packaging", "pygments", "hypothesis", "sortedcontainers",
+                     "expecttest"]  # fmt: skip
 # Packages whose dependencies are not wanted: only the weights and the pictures inside the wheels are read.
 BARE_PACKAGES: dict[str, list[str]] = {"demo": ["rapidocr-onnxruntime==1.4.4", "scikit-image>=0.22"]}
 NEEDS: dict[str, list[str]] = {"build": ["base"], "test": ["build", "lint"], "demo": ["build"], "plot": ["base"]}
@@ -289,8 +293,11 @@ def wheel() -> None:
         ],
         "wheel", "wheel",
     )  # fmt: skip
-    for path in sorted((ROOT / "dist").glob("*.whl")):
-        say(f"dist/{path.name}")
+    if version := os.environ.get("GPU_PYTHON"):
+        pip = [str(VENV_PYTHON), "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", "dist/deps"]
+        run([*pip, "--python-version", version, *GPU_TEST_PACKAGES], "wheels of the test packages", "pip-deps")
+    for path in sorted((ROOT / "dist").rglob("*.whl")):
+        say(str(path.relative_to(ROOT)))
 
 
 def main(arguments: list[str]) -> int:
