@@ -38,6 +38,11 @@ constexpr int kResultBlocks = (kResult + TILE_N - 1) / TILE_N;
 constexpr bool kInterleave = !TCONV_CHANNELS_LAST && WIDTH_PHASES > 1;
 constexpr int kTaps = TCONV_K0 * TCONV_K1 * TCONV_K2;
 
+// Registers beside the accumulators, as compiled. Without a number of blocks the compiler aims at more and spills.
+constexpr int kAccumulators = TILE_Q * TILE_N * WIDTH_PHASES * static_cast<int>(sizeof(accum_t) / 4);
+constexpr int kRegisters = kAccumulators + 28 * TILE_Q + 40;
+constexpr int kMinBlocks = kRegisters > 168 ? 2 : kRegisters > 128 ? 3 : kRegisters > 96 ? 4 : 5;
+
 // The buffer of one warp while it stores one channel.
 struct Buffer {
   accum_t value[kWarpPositions * WIDTH_PHASES];
@@ -46,7 +51,7 @@ struct Buffer {
 };
 
 struct Position {
-  long long b;
+  int b;
   int q[3];
   bool exists;
 };
@@ -62,7 +67,7 @@ __device__ __forceinline__ Position position(const Arguments& a, const Position&
     at.q[dim] = static_cast<int>(rest % size);
     rest /= size;
   }
-  at.b = start.b + rest;
+  at.b = start.b + static_cast<int>(rest);
   at.exists = at.b < a.batch;
   return at;
 }
@@ -70,7 +75,7 @@ __device__ __forceinline__ Position position(const Arguments& a, const Position&
 // All channels of one stage at one row of taps. `from` points at each position's element of the first channel at shift 0;
 // bit i of `inside` says whether shift i may be read. `all`: every bit of every position is set.
 template <bool all>
-__device__ __forceinline__ void add_row(const storage_t* const (&from)[TILE_Q], const unsigned long long (&inside)[TILE_Q],
+__device__ __forceinline__ void add_row(const storage_t* const (&from)[TILE_Q], const unsigned (&inside)[TILE_Q],
                                         long long step, long long channel_step, int channels, const accum_t* weights,
                                         accum_t (&sum)[TILE_Q][WIDTH_PHASES][TILE_N]) {
   long long offset = 0;
@@ -98,19 +103,17 @@ __device__ __forceinline__ void add_row(const storage_t* const (&from)[TILE_Q], 
       }
 #pragma unroll
       for (int u = 0; u < TILE_Q; ++u) {
-        // A tap outside contributes nothing: x is 0 there, and the select keeps an infinite weight from making it NaN.
-        const bool use = all || (inside[u] >> kTapShift[j] & 1);
+        // A tap outside contributes nothing, not even zero times an infinite weight.
+        if (all || (inside[u] >> kTapShift[j] & 1)) {
 #pragma unroll
-        for (int n = 0; n < TILE_N; ++n) {
-          const accum_t product = all || use ? w[n] : accum_t(0);
-          sum[u][kTapPhase[j]][n] += x[u] * product;
+          for (int n = 0; n < TILE_N; ++n) sum[u][kTapPhase[j]][n] += x[u] * w[n];
         }
       }
     }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) gather(const Arguments a, const Operands operands) {
+extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather(const Arguments a, const Operands operands) {
   extern __shared__ __align__(16) unsigned char shared[];
   accum_t* weights = reinterpret_cast<accum_t*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -132,6 +135,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) gather(const Arguments a,
   const int sizes[3] = {static_cast<int>(a.source_size[0]), static_cast<int>(a.source_size[1]),
                         static_cast<int>(a.source_size[2])};
   const long long source_volume = a.source_size[0] * a.source_size[1] * a.source_size[2];
+  const long long source_sample = source_volume * TCONV_GROUPS * kSum;
   const long long result_volume = a.result_size[0] * a.result_size[1] * a.result_size[2];
 #if TCONV_CHANNELS_LAST
   const long long step = static_cast<long long>(TCONV_GROUPS) * kSum, channel_step = 1;
@@ -140,14 +144,14 @@ extern "C" __global__ void __launch_bounds__(kThreads) gather(const Arguments a,
 #endif
 
   Position start;
-  start.b = static_cast<long long>(block) * (kWarps * kWarpPositions);
+  long long rest = static_cast<long long>(block) * (kWarps * kWarpPositions);
 #pragma unroll
   for (int dim = 2; dim >= 0; --dim) {
-    start.q[dim] = static_cast<int>(start.b % a.lattice[dim]);
-    start.b /= a.lattice[dim];
+    start.q[dim] = static_cast<int>(rest % a.lattice[dim]);
+    rest /= a.lattice[dim];
   }
+  start.b = static_cast<int>(rest);
   Position at[TILE_Q];
-  const storage_t* base[TILE_Q];
 #pragma unroll
   for (int u = 0; u < TILE_Q; ++u) {
     at[u] = position(a, start, warp * kWarpPositions + u * 32 + lane);
@@ -155,8 +159,6 @@ extern "C" __global__ void __launch_bounds__(kThreads) gather(const Arguments a,
     for (int dim = 0; dim < 3; ++dim) {
       at[u].exists = at[u].exists && static_cast<long long>(at[u].q[dim]) * kResultStep[dim] + phase[dim] < a.result_size[dim];
     }
-    base[u] = static_cast<const storage_t*>(a.source) + at[u].b * source_volume * TCONV_GROUPS * kSum +
-              static_cast<long long>(g) * kSum * channel_step;
   }
 
   accum_t sum[TILE_Q][WIDTH_PHASES][TILE_N];
@@ -193,13 +195,14 @@ extern "C" __global__ void __launch_bounds__(kThreads) gather(const Arguments a,
       __syncthreads();
 #pragma unroll 1
       for (int i = 0; i < stage_rows; ++i) {
+        const storage_t* source = static_cast<const storage_t*>(a.source) + (static_cast<long long>(g) * kSum + k0) * channel_step;
         int row = row0 + i;
         const int shift_2 = TCONV_SPLIT_WIDTH ? kFirstShift_2[phase[2]] + row % counts[2] * kShiftStep[2] : 0;
         row /= counts[2];
         const int shift_1 = kFirstShift_1[phase[1]] + row % counts[1] * kShiftStep[1];
         const int shift_0 = kFirstShift_0[phase[0]] + row / counts[1] * kShiftStep[0];
         const storage_t* from[TILE_Q];
-        unsigned long long inside[TILE_Q];
+        unsigned inside[TILE_Q];
         bool all = true, any = false;
 #pragma unroll
         for (int u = 0; u < TILE_Q; ++u) {
@@ -210,10 +213,10 @@ extern "C" __global__ void __launch_bounds__(kThreads) gather(const Arguments a,
 #pragma unroll
           for (int shift = 0; shift < kShifts; ++shift) {
             const int column = x + kShift[shift];
-            if (row_inside && column >= 0 && column < sizes[2]) inside[u] |= 1ull << shift;
+            if (row_inside && column >= 0 && column < sizes[2]) inside[u] |= 1u << shift;
           }
-          from[u] = base[u] + ((static_cast<long long>(z) * sizes[1] + y) * sizes[2] + x) * step + k0 * channel_step;
-          all = all && inside[u] == ~0ull >> (64 - kShifts);
+          from[u] = source + at[u].b * source_sample + ((static_cast<long long>(z) * sizes[1] + y) * sizes[2] + x) * step;
+          all = all && inside[u] == ~0u >> (32 - kShifts);
           any = any || inside[u] != 0;
         }
         if (!__any_sync(0xffffffffu, any)) continue;
@@ -239,9 +242,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) gather(const Arguments a,
       place = place * a.result_size[dim] + static_cast<long long>(at[u].q[dim]) * kResultStep[dim] + phase[dim];
     }
 #if TCONV_CHANNELS_LAST
-    element[u] = (at[u].b * result_volume + place) * channels + channel0;
+    element[u] = (static_cast<long long>(at[u].b) * result_volume + place) * channels + channel0;
 #else
-    element[u] = (at[u].b * channels + channel0) * result_volume + place;
+    element[u] = (static_cast<long long>(at[u].b) * channels + channel0) * result_volume + place;
 #endif
   }
   auto put = [&](long long where, int n, accum_t value) {
@@ -267,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) gather(const Arguments a,
 #pragma unroll
         for (int r = 0; r < WIDTH_PHASES; ++r) buffer.value[(u * 32 + lane) * WIDTH_PHASES + r] = sum[u][r][n];
       __syncwarp();
-#pragma unroll
+#pragma unroll 2
       for (int i = lane; i < kWarpPositions * WIDTH_PHASES; i += 32) {
         const int from = i / WIDTH_PHASES, r = i % WIDTH_PHASES;
         if (r < buffer.limit[from]) put(buffer.element[from] + r + n * result_volume, n, buffer.value[i]);
