@@ -41,7 +41,7 @@ PACKAGES: dict[str, list[str]] = {
     "demo": ["pillow>=10", "onnx>=1.16"],
     "plot": ["matplotlib>=3.8"],
 }
-# What the tests need on a machine without network, apart from PyTorch: `make wheel GPU_PYTHON=3.12` adds it to dist/deps.
+# What the tests need without network, apart from PyTorch: `make wheel GPU_PYTHON=3.12` adds it to dist/deps.
 GPU_TEST_PACKAGES = ["pytest", "pluggy", "iniconfig", "packaging", "pygments", "hypothesis", "sortedcontainers",
                      "expecttest"]  # fmt: skip
 # Packages whose dependencies are not wanted: only the weights and the pictures inside the wheels are read.
