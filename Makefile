@@ -30,9 +30,11 @@ demo: ## the four seeds and a trained network, verified and timed beside PyTorch
 
 test: ## style, C++ tests, Python tests, the repository's own rules
 	@$(SETUP) test
-	@$(MAKE) --no-print-directory lint
-	@ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j $(JOBS) --timeout 600
-	@$(PY) -m pytest tests -n $(JOBS) -rs -q $(ARGS)
+	@failed=""; \
+	$(MAKE) --no-print-directory lint || failed="$$failed style"; \
+	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j $(JOBS) --timeout 600 || failed="$$failed C++"; \
+	$(PY) -m pytest tests -n $(JOBS) -rs -q $(ARGS) || failed="$$failed Python"; \
+	if [[ -n $$failed ]]; then echo "make test: failed:$$failed"; exit 1; fi
 
 bench: ## every problem beside PyTorch on this machine's CPU; ARGS="--filter seed" and the like
 	@$(SETUP) build

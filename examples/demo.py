@@ -323,7 +323,7 @@ def network(device: torch.device, progress: Progress, out: Path) -> bool:
     with torch.no_grad():
         head["torch"] = {n: timed(lambda f=f: detector.head(f), clock.settle, 0.5)[1] for n, f in features.items()}
     progress.step("text detector: tconv.optimize")
-    tconv.optimize(detector)
+    report = tconv.optimize(detector).tconv_report
     rows, good = [], True
     for name, picture in inputs.items():
         progress.step(f"text detector: {name}, tconv")
@@ -355,6 +355,7 @@ def network(device: torch.device, progress: Progress, out: Path) -> bool:
             f" (largest difference {difference.max():.1e})"
         )
     progress.clear()
+    print(f"\n{report}")
     print("\nA trained text detector before and after tconv.optimize; times in ms, text: share of pixels above 0.3")
     print(f"{'':<6} {'pixels':>10} {'torch':>9} {'tconv':>8} {'head torch':>11} {'tconv':>8} {'ratio':>6} {'text':>7}")
     print("\n".join(rows))
