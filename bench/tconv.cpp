@@ -38,6 +38,7 @@ options
                      cpu_portable. Default: cpu; check also runs on cuda when there is one
   --only NAME        a kernel, or kernel:config
   --arch ARCH        compile: sm_80, sm_90a ... Default: that of the device
+  --chosen           compile: only what the planner chooses, not every kernel and config that fits
   --jobs N           compile: how many at once. Default: all cores
   --reduce PRODUCTS  check: shrink batch and sizes until a problem has about so many multiply-adds
   --runs N           time: how many runs. Default: as many as take about a second, at least 5
@@ -51,7 +52,7 @@ struct Options {
   double reduce = 0;
   int jobs = 0, runs = 0, threads = 0;
   std::uint64_t seed = 0;
-  bool have_seed = false;
+  bool have_seed = false, chosen = false;
 };
 
 struct UsageError : std::runtime_error {
@@ -76,6 +77,10 @@ Options parse_options(int argc, char** argv) {
     const std::string argument = argv[i];
     if (!argument.starts_with("--")) {
       options.problems.push_back(argument);
+      continue;
+    }
+    if (argument == "--chosen") {
+      options.chosen = true;
       continue;
     }
     if (i + 1 == argc) throw UsageError(argument + " needs a value");
@@ -278,26 +283,33 @@ int run_compile(const Options& options) {
   std::set<std::string> seen;
   for (const std::string& line : options.problems) {
     const auto [problem, epilogue] = parse_problem_and_epilogue(line);
-    for (const Kernel* kernel : kernels(Backend::cuda)) {
-      for (const Config& config : kernel->configs) {
-        const std::string name = std::string(kernel->name) + ":" + to_string(config);
-        if (!options.only.empty() && options.only != kernel->name && options.only != name) continue;
-        Plan plan;
-        try {
-          plan = make_plan(problem, epilogue, device, name, kernels(Backend::cuda));
-        } catch (const std::invalid_argument&) {
-          continue;
+    std::vector<std::string> names;  // what the plans are restricted to
+    if (options.chosen) {
+      names.push_back(options.only);
+    } else {
+      for (const Kernel* kernel : kernels(Backend::cuda)) {
+        for (const Config& config : kernel->configs) {
+          const std::string name = std::string(kernel->name) + ":" + to_string(config);
+          if (options.only.empty() || options.only == kernel->name || options.only == name) names.push_back(name);
         }
-        for (const Step& step : plan.steps) {
-          if (step.kernel->units == nullptr) continue;
-          for (Unit& unit : step.kernel->units(step)) {
-            if (!seen.insert(unit.source + '\0' + unit.entry + '\0' + unit.prelude).second) continue;
-            work.push_back({std::move(unit),
-                            std::string(step.kernel->name) + ":" + to_string(step.config),
-                            to_string(step.problem, step.epilogue),
-                            {},
-                            {}});
-          }
+      }
+    }
+    for (const std::string& name : names) {
+      Plan plan;
+      try {
+        plan = make_plan(problem, epilogue, device, name, kernels(Backend::cuda));
+      } catch (const std::invalid_argument&) {
+        continue;  // it refuses
+      }
+      for (const Step& step : plan.steps) {
+        if (step.kernel->units == nullptr) continue;
+        for (Unit& unit : step.kernel->units(step)) {
+          if (!seen.insert(unit.source + '\0' + unit.entry + '\0' + unit.prelude).second) continue;
+          Compilation item;
+          item.unit = std::move(unit);
+          item.kernel = std::string(step.kernel->name) + ":" + to_string(step.config);
+          item.problem = to_string(step.problem, step.epilogue);
+          work.push_back(std::move(item));
         }
       }
     }
