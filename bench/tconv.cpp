@@ -326,6 +326,8 @@ int run_compile(const Options& options) {
         cuda::compile(item.unit, arch, &item.report);
       } catch (const std::exception& error) {
         item.error = error.what();
+        // Without the compiler every other unit fails alike.
+        if (item.error.find("libnvrtc cannot be opened") != std::string::npos) next = work.size();
       }
       const cuda::BuildReport& report = item.report;
       const std::size_t shared = item.unit.shared_bytes + report.static_shared_bytes;
