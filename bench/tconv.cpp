@@ -318,7 +318,7 @@ int run_compile(const Options& options) {
 
   std::atomic<std::size_t> next = 0, done = 0;
   std::mutex print;
-  std::size_t bad = 0;
+  std::size_t good = 0;
   const auto worker = [&] {
     for (std::size_t index; (index = next++) < work.size();) {
       Compilation& item = work[index];
@@ -339,7 +339,7 @@ int run_compile(const Options& options) {
         verdict += " too many registers";
       if (shared > device.shared_memory_per_block) verdict += " too much shared memory";
       const std::lock_guard lock(print);
-      bad += !verdict.empty();
+      good += verdict.empty();
       std::printf("[%zu/%zu] %s  %3d registers  %5zu spilled  %6zu shared  %4d threads  %5.2f s%s  %s %s  %s\n", ++done,
                   work.size(), verdict.empty() ? "ok  " : "FAIL", report.registers, report.spill_bytes, shared,
                   item.unit.threads, report.seconds, report.from_cache ? " cached" : "", item.kernel.c_str(),
@@ -352,9 +352,8 @@ int run_compile(const Options& options) {
   const int jobs = options.jobs > 0 ? options.jobs : cpu_device().cores;
   for (int i = 0; i < jobs; ++i) threads.emplace_back(worker);
   for (std::thread& thread : threads) thread.join();
-  std::printf("%zu of %zu compiled for %s without spills and within the limits\n", work.size() - bad, work.size(),
-              arch.c_str());
-  return bad > 0;
+  std::printf("%zu of %zu compiled for %s without spills and within the limits\n", good, work.size(), arch.c_str());
+  return good < work.size();
 }
 
 int run(int argc, char** argv) {
