@@ -1,7 +1,8 @@
 # Headers, library, tool, and the package that find_package(tconv) reads.
 # SPDX-License-Identifier: Apache-2.0
 include(CMakePackageConfigHelpers)
-if(NOT SKBUILD)
+# A wheel holds the component `python` only; a build that also runs the tests needs the rest for find_package.
+if(NOT SKBUILD OR TCONV_TESTS)
   install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/tconv DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
   install(TARGETS tconv EXPORT tconvTargets
           ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR}

@@ -22,6 +22,9 @@ BANNED = {
     "tmp", "my", "deconv", "deconvolution",
 }  # fmt: skip
 
+# Names that others chose: the class that a KernelBench harness imports.
+GIVEN = {"ModelNew"}
+
 # A folder may include what stands after it, and itself.
 LAYERS = {
     "include/tconv": ["include"],
@@ -139,7 +142,7 @@ def test_each_device_source_is_used() -> None:
         assert path.name in listed or f'"{path.name}"' in host, f"{named(path)}: no kernel compiles it"
     device = "".join(read(p) for p in sources(".cu", ".cuh", under="src/cuda"))
     for path in sources(".cuh", under="src/cuda"):
-        assert f'"{path.name}"' in device + host, f"{named(path)}: nothing includes it"
+        assert re.search(rf'include \\?"{path.name}\\?"', device + host), f"{named(path)}: nothing includes it"
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
@@ -178,7 +181,7 @@ def test_file_names() -> None:
 def test_names_in_code() -> None:
     for path in sources(".py"):
         for name in re.findall(r"^\s*(?:def|class) (\w+)", read(path), re.MULTILINE):
-            assert not words(name) & BANNED, f"{named(path)}: {name}"
+            assert name in GIVEN or not words(name) & BANNED, f"{named(path)}: {name}"
     for path in sources(*CPP):
         code = without_comments(read(path))
         for name in re.findall(r"\b(?:struct|class|enum class|namespace|using) (\w+)", code):
