@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import math
+import os
 import platform
 import re
 import statistics
@@ -461,9 +462,10 @@ def torch_runs(case: Case, direction: str, grad_output: Tensor | None, options: 
                 before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
                 torch.backends.cudnn.benchmark = before[0] if benchmark is None else benchmark
                 torch.backends.cudnn.allow_tf32 = before[1] if tf32 is None else tf32
-                result = run()
-                torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
-                return result
+                try:
+                    return run()
+                finally:
+                    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
 
             return with_flags
 
@@ -475,12 +477,40 @@ def torch_runs(case: Case, direction: str, grad_output: Tensor | None, options: 
     return runs
 
 
+def compile_ahead(listed: Sequence[tuple[Shape, str, str, str]], device: torch.device, workers: int) -> float:
+    """Fills the disk cache of compiled kernels; a first run needs hundreds. Returns the seconds it took.
+
+    In processes, because the compiler serialises much of its work within one.
+    """
+    begin = time.perf_counter()
+    tf32 = torch.backends.cudnn.allow_tf32
+    wanted: dict[str, bool] = {}  # problem -> with gradients
+    for shape, dtype, layout, direction in listed:
+        chain = f" | {shape.chain()}" if shape.chain() else ""
+        text = shape.string(dtype, layout, tf32=tf32) + chain
+        wanted[text] = wanted.get(text, False) or direction != "forward"
+    command = [sys.executable, "-m", "tconv", "compile", "--device", str(device)]
+    processes = []
+    for training in (True, False):
+        texts = [text for text, gradients in wanted.items() if gradients == training]
+        for part in (texts[i::workers] for i in range(workers)):
+            if part:
+                options = ["--training"] if training else []
+                processes.append(subprocess.Popen([*command, *options, *part], stdout=subprocess.DEVNULL))
+    for process in processes:
+        if process.wait() != 0:
+            progress("bench: a problem did not compile ahead; its row says why\n")
+    return time.perf_counter() - begin
+
+
 def measure(case: Case, direction: str, clock: Clock, ceilings: dict[str, float], options: Options) -> dict[str, Any]:
     shape = case.shape
     grad_output = None
     if direction != "forward":
         with torch.no_grad():
             grad_output = torch.rand_like(case.theirs(case.input))
+            if case.dtype == "f16":  # a weight's gradient sums over all positions; float16 ends at 65504
+                grad_output *= min(1.0, 8192 / (shape.batch * math.prod(shape.output())))
     ours = case.runs(direction, case.ours, grad_output)
     sides = torch_runs(case, direction, grad_output, options)
 
@@ -613,6 +643,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="time torch.compile on chains too")
     parser.add_argument("--regret", action="store_true", help="time every kernel and config that fits")
     parser.add_argument("--full-batch", action="store_true", help="never reduce the batch")
+    parser.add_argument(
+        "--workers", type=int, default=min(12, os.cpu_count() or 1), help="compile ahead on CUDA; 0: no"
+    )
     parser.add_argument("--stop-on-error", action="store_true", help="do not go on after an exception")
     arguments = parser.parse_args(argv)
 
@@ -640,9 +673,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         shapes = [reduced(s, room, math.inf if on_cuda else 1.6e11) for s in shapes]
 
     begin = time.perf_counter()
+    listed = jobs(shapes, arguments)
+    if on_cuda and arguments.workers:
+        progress(f"bench: compiling ahead in {arguments.workers} processes")
+        progress(f"bench: compiled in {compile_ahead(listed, device, arguments.workers):.0f} s\n")
     ceilings = rates(device, arguments.dtypes.split(","))
     host = host_cost(device, clock)
-    listed = jobs(shapes, arguments)
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, str]] = []
     case: Case | None = None
