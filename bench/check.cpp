@@ -87,8 +87,8 @@ bool saves_statistics(const Problem& problem, const Epilogue& epilogue) {
 
 DType statistics_dtype(const Problem& problem) { return problem.dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-Inputs make_inputs(const Problem& problem, const Epilogue& epilogue, std::uint64_t seed) {
-  std::mt19937_64 random(seed);
+Inputs make_inputs(const Problem& problem, const Epilogue& epilogue, const CheckOptions& options) {
+  std::mt19937_64 random(options.seed);
   const auto fill = [&](Tensor tensor, double low = -1) {
     std::uniform_real_distribution<double> uniform(low, low + 2);
     for (std::int64_t i = 0; i < tensor.elements; ++i) tensor.set(i, uniform(random));
@@ -104,6 +104,14 @@ Inputs make_inputs(const Problem& problem, const Epilogue& epilogue, std::uint64
   in.grad_output =
       fill({"grad_output", Shape::output, problem.direction == Direction::grad_epilogue ? output_dtype : problem.dtype,
             output_elements(problem)});
+  if (options.non_finite) {
+    for (Tensor* tensor : {&in.input, &in.weight, &in.grad_output}) {
+      for (const double value : {HUGE_VAL, -HUGE_VAL, std::nan("")}) {
+        if (tensor->elements == 0) continue;
+        tensor->set(static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(tensor->elements)), value);
+      }
+    }
+  }
   const DType operand_dtype = epilogue.operand_dtype.value_or(problem.dtype);
   for (const Op& op : epilogue.ops) {
     for (int k = 0; k < num_operands(op); ++k) {
@@ -299,6 +307,12 @@ double compare(const Tensor& got, const Tensor& expected, const Tolerance& allow
   for (std::int64_t i = 0; i < expected.elements; ++i) {
     const double x = got.get(i), y = expected.get(i);
     if (x == y || (std::isnan(x) && std::isnan(y))) continue;
+    if (std::isinf(y)) {
+      // Another infinity, or a number: wrong, whatever the tolerance.
+      if (first_wrong < 0) first_wrong = i;
+      ++wrong;
+      continue;
+    }
     const double fraction = std::abs(x - y) / (allowed.absolute + allowed.relative * std::abs(y));
     if (fraction <= 1) {
       worst = std::max(worst, fraction);
@@ -377,7 +391,7 @@ std::vector<CheckResult> check(const Problem& stated, const Epilogue& epilogue, 
   const Problem problem = options.max_products > 0 ? reduced(stated, options.max_products) : stated;
   validate(problem);
   validate(epilogue, problem);
-  Inputs in = make_inputs(problem, epilogue, options.seed);
+  Inputs in = make_inputs(problem, epilogue, options);
   const double rstd = largest_rstd(problem, epilogue, in);
   Outputs expected = make_outputs(problem, epilogue);
   run_reference(problem, epilogue, in, expected);

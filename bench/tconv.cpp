@@ -41,6 +41,7 @@ options
   --chosen           compile: only what the planner chooses, not every kernel and config that fits
   --jobs N           compile: how many at once. Default: all cores
   --reduce PRODUCTS  check: shrink batch and sizes until a problem has about so many multiply-adds
+  --non-finite       check: with a few infinities and NaNs in the data
   --runs N           time: how many runs. Default: as many as take about a second, at least 5
   --threads N        time: CPU threads. Default: all cores
   --seed N           check: of the random data. Default: a new one
@@ -52,7 +53,7 @@ struct Options {
   double reduce = 0;
   int jobs = 0, runs = 0, threads = 0;
   std::uint64_t seed = 0;
-  bool have_seed = false, chosen = false;
+  bool have_seed = false, chosen = false, non_finite = false;
 };
 
 struct UsageError : std::runtime_error {
@@ -81,6 +82,10 @@ Options parse_options(int argc, char** argv) {
     }
     if (argument == "--chosen") {
       options.chosen = true;
+      continue;
+    }
+    if (argument == "--non-finite") {
+      options.non_finite = true;
       continue;
     }
     if (i + 1 == argc) throw UsageError(argument + " needs a value");
@@ -141,6 +146,7 @@ int run_check(const Options& options) {
   CheckOptions check_options;
   check_options.only = options.only;
   check_options.max_products = options.reduce;
+  check_options.non_finite = options.non_finite;
   check_options.seed = options.have_seed ? options.seed : std::random_device{}();
   std::size_t checked = 0, failed = 0;
   for (const std::string& line : options.problems) {

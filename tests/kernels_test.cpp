@@ -3,9 +3,11 @@
 // nor spatial sizes. A failure prints the line that shows it again. SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <fstream>
-#include <set>
+#include <random>
+#include <stdexcept>
 
 #include "check.h"
 
@@ -15,6 +17,11 @@ namespace {
 constexpr double kMaxProducts = 1e6;
 constexpr int kShards = 8;
 
+std::uint64_t seed_of_this_run() {
+  const char* seed = std::getenv("TCONV_SEED");  // TCONV_SEED=7 repeats a run with other data and other problems
+  return seed != nullptr ? std::strtoull(seed, nullptr, 10) : 1;
+}
+
 class Kernels : public testing::TestWithParam<int> {};
 
 void check_all(const Device& device, int shard) {
@@ -22,9 +29,7 @@ void check_all(const Device& device, int shard) {
   ASSERT_TRUE(file);
   CheckOptions options;
   options.max_products = kMaxProducts;
-  // TCONV_SEED=7 repeats a run with other data.
-  const char* seed = std::getenv("TCONV_SEED");
-  options.seed = seed != nullptr ? std::strtoull(seed, nullptr, 10) : 1;
+  options.seed = seed_of_this_run();
   int number = 0;
   std::size_t checked = 0;
   for (std::string line; std::getline(file, line);) {
@@ -46,6 +51,60 @@ TEST_P(Kernels, MatchTheReferenceOnCuda) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Shard, Kernels, testing::Range(0, kShards));
+
+// A valid problem with every parameter drawn at random.
+Problem random_problem(std::mt19937_64& random) {
+  const auto draw = [&](int low, int high) { return std::uniform_int_distribution<std::int64_t>(low, high)(random); };
+  for (;;) {
+    Problem p;
+    p.rank = static_cast<int>(draw(1, 3));
+    p.batch = draw(1, 3);
+    p.groups = draw(0, 2) > 0 ? 1 : draw(2, 5);
+    p.in_channels = p.groups * (draw(0, 4) > 0 ? draw(1, 9) : draw(10, 40));
+    p.out_channels = p.groups * (draw(0, 4) > 0 ? draw(1, 9) : draw(10, 40));
+    for (int dim = 3 - p.rank; dim < 3; ++dim) {
+      p.input[dim] = draw(1, p.rank == 1 ? 70 : p.rank == 2 ? 13 : 6);
+      p.kernel[dim] = draw(1, p.rank == 1 ? 12 : 5);
+      p.stride[dim] = draw(0, 1) ? draw(1, 2) : draw(1, 5);
+      p.dilation[dim] = draw(0, 1) ? 1 : draw(1, 4);
+      p.padding[dim] = draw(0, static_cast<int>(p.dilation[dim] * (p.kernel[dim] - 1) + 1));
+      p.output_padding[dim] = draw(0, static_cast<int>(std::max(p.stride[dim], p.dilation[dim])) - 1);
+    }
+    p.dtype = static_cast<DType>(draw(0, 3));
+    p.layout = static_cast<Layout>(draw(0, 1));
+    p.direction = static_cast<Direction>(draw(0, 2));
+    p.precision = static_cast<Precision>(draw(0, 1));
+    try {
+      validate(p);
+      return p;
+    } catch (const std::invalid_argument&) {  // no output, or too much padding: draw again
+    }
+  }
+}
+
+void check_random(const Device& device, int count, bool non_finite) {
+  std::mt19937_64 random(seed_of_this_run());
+  for (int i = 0; i < count; ++i) {
+    const Problem problem = random_problem(random);
+    Epilogue epilogue;
+    // A bias does not change what an infinity or a NaN becomes.
+    epilogue.bias = problem.direction == Direction::forward && i % 2 == 0;
+    CheckOptions options;
+    options.seed = random();
+    options.non_finite = non_finite;
+    for (const CheckResult& result : check(problem, epilogue, device, options)) EXPECT_EQ(result.failure, "");
+  }
+}
+
+TEST(RandomProblems, MatchTheReferenceOnTheCpu) { check_random(cpu_device(), 500, false); }
+
+// A tap outside the input contributes nothing, not zero times infinity; and nothing hides a NaN.
+TEST(RandomProblems, InfinitiesAndNaNsStayWhereTheyBelongOnTheCpu) { check_random(cpu_device(), 300, true); }
+
+TEST(RandomProblems, MatchTheReferenceOnCuda) {
+  if (cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  check_random(cuda_device(0), 100, false);
+}
 
 // A reduced problem keeps what kernels are specialised on.
 TEST(Reduced, KeepsTheLayer) {
