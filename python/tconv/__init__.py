@@ -3,7 +3,7 @@
 from . import nn
 from ._explain import explain
 from ._optimize import optimize
-from .compile import compile_backend
+from .compile import compile_backend, decompositions
 from .functional import conv_transpose1d, conv_transpose2d, conv_transpose3d
 
 __version__ = "0.1.0"
@@ -12,6 +12,7 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "decompositions",
     "explain",
     "nn",
     "optimize",

@@ -176,10 +176,25 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _directions(problem: str, training: bool) -> List[str]:
+    """The problem strings of a layer's forward and, for training, of its gradients."""
     if not training:
         return [problem]
-    head, bar, chain = problem.partition("|")
-    return [problem if not bar else f"{head}| {chain.strip()}", f"{head} grad_input", f"{head} grad_weight"]
+    p = _C.parse_problem(problem)
+    head = p["text"].partition("|")[0].strip()
+    pre = " ".join(t for t in p["epilogue"].split() if t.startswith("pre:"))
+    ops = " ".join(t for t in p["epilogue"].split() if not t.startswith("pre:") and t != "bias")
+    found = [f"{p['text']} save" if ops else p["text"], f"{head} grad_input", f"{head} grad_weight | {pre}".rstrip(" |")]
+
+    def alone(channels: int, size: Sequence[int], chain: str) -> str:
+        layout = "" if p["layout"] == "contiguous" else f" {p['layout']}"
+        shape = f"{p['rank']}d b{p['batch']} c{channels}>{channels} i{'x'.join(map(str, size))} {p['dtype']}{layout}"
+        return f"{shape} grad_epilogue | {chain}"
+
+    if ops:
+        found.append(alone(p["out_channels"], p["output"], ops))
+    if pre:
+        found.append(alone(p["in_channels"], p["input"], pre.replace("pre:", "")))
+    return found
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -332,7 +332,7 @@ class Entry:
     __slots__ = ("plan", "geom", "shape", "layout", "workspace", "x_shape", "w_shape")
 
     def __init__(self, plan: Any, geom: Geometry, shape: Size, layout: int, x_shape: Size, w_shape: Size) -> None:
-        self.plan = plan  # None: the forward result has no elements, so gradients are zero
+        self.plan = plan  # None: the forward result has no elements (so gradients are zero), or meta tensors
         self.geom = geom
         self.shape = shape
         self.layout = layout
@@ -362,8 +362,8 @@ def make_plan(
     output_dtype: Optional[torch.dtype] = None,
     only: str = "",
 ) -> Any:
-    """A plan of the core; None when the forward result would have no elements."""
-    if batch == 0 or 0 in geom.output_size(input_size, kernel):
+    """A plan of the core; None when there is nothing to compute: no elements, or meta tensors."""
+    if batch == 0 or like.is_meta or 0 in geom.output_size(input_size, kernel):
         return None
     if like.is_cuda:
         add_search_paths()

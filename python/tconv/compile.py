@@ -169,6 +169,9 @@ def rewrite(module: GraphModule) -> int:
     """Replaces the transposed convolutions of a captured graph, with the chains that follow them; returns how many."""
     graph = module.graph
     count = 0
+    # Autocast gives the operations of a chain dtypes of their own; under it only the calls are replaced.
+    mixed = functional._any_autocast is None or functional._any_autocast()
+    mixed = mixed or any(n.target is torch.amp.autocast_mode._enter_autocast for n in graph.nodes)
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in _CALLS:
             continue
@@ -176,7 +179,7 @@ def rewrite(module: GraphModule) -> int:
         if bound is None:
             continue
         count += 1
-        words, operands, last = _following(node, module) if not torch.is_autocast_enabled() else ([], [], node)
+        words, operands, last = ([], [], node) if mixed else _following(node)
         if not words or not _plain_numbers(*(bound[name] for name in _SIGNATURE[3:])):
             node.target = _CALLS[node.target]
             continue
@@ -197,7 +200,7 @@ def rewrite(module: GraphModule) -> int:
     return count
 
 
-def _following(node: Node, module: GraphModule) -> Tuple[List[str], List[Any], Node]:
+def _following(node: Node) -> Tuple[List[str], List[Any], Node]:
     words: List[str] = []
     operands: List[Any] = []
     normed = False
@@ -244,3 +247,45 @@ def register() -> None:
 
 
 register()
+
+
+# --- Export -----------------------------------------------------------------------------------------------------------
+
+
+def decompositions() -> Dict[Any, Callable[..., Any]]:
+    """For ``program.run_decompositions(tconv.decompositions())``: tconv's operators in terms of ``aten``.
+
+    An exported program then needs no tconv where it runs, and converts to ONNX and the like. Nothing else uses this.
+
+    Example::
+
+        >>> import torch, tconv
+        >>> layer = tconv.nn.ConvTranspose2d(4, 4, 2, stride=2)
+        >>> program = torch.export.export(layer, (torch.randn(1, 4, 8, 8),))
+        >>> portable = program.run_decompositions(tconv.decompositions())
+    """
+
+    def conv_transpose(x: Tensor, w: Tensor, bias: Optional[Tensor], *rest: Any) -> Tensor:
+        groups, stride, padding, output_padding, dilation, _ = rest
+        unbatched = x.dim() == w.dim() - 1
+        y = torch.ops.aten.convolution(
+            x.unsqueeze(0) if unbatched else x, w, bias, stride, padding, dilation, True, output_padding, groups
+        )
+        return y.squeeze(0) if unbatched else y
+
+    def fused(x: Tensor, w: Tensor, bias: Optional[Tensor], operands: List[Tensor], chain: str, *rest: Any) -> Tensor:
+        from . import _chain
+
+        return _chain.compose(chain, lambda t: conv_transpose(t, w, bias, *rest), x, operands, w.dim() - 2)
+
+    def fused_training(*arguments: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = fused(*arguments)  # an exported forward uses the first result only
+        empty = y.new_empty(0)
+        return y, empty, empty, empty
+
+    ops = torch.ops.tconv
+    return {
+        ops.conv_transpose.default: conv_transpose,
+        ops.fused.default: fused,
+        ops.fused_training.default: fused_training,
+    }

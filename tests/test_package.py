@@ -1,0 +1,213 @@
+"""The command line, the examples in docstrings, the KernelBench files, and the binary's promises."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tconv
+from tconv import _C
+from tconv.__main__ import check, main
+
+KERNELBENCH = Path(__file__).resolve().parent.parent / "examples" / "kernelbench"
+
+
+def modules() -> list[str]:
+    skipped = {"__main__", "_C", "bench"}
+    return ["tconv"] + [f"tconv.{m.name}" for m in pkgutil.iter_modules(tconv.__path__) if m.name not in skipped]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_docstring_examples(name: str) -> None:
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def test_public_names_have_docstrings_with_examples() -> None:
+    assert [n for n in tconv.__all__ if n != "nn" and not getattr(tconv, n).__doc__] == []
+    for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "optimize", "explain"):
+        assert ">>>" in getattr(tconv, name).__doc__
+    tests = doctest.DocTestFinder().find(tconv.functional)
+    assert sum(len(t.examples) for t in tests) >= 6
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "1d b2 c4>6 i9 t4 s2 p1",
+        "2d b2 g2 c8>6 i5x6 t3x3 s2 p1 op1 f64 | bias",
+        "2d b2 c4>8 i5x6 t3x3 s3 d2 f16 channels_last | bias gelu",
+        "3d b1 c4>4 i3x4x5 t2x3x2 s2 bf16 | pre:leaky_relu(0.1) bias gelu group_norm(2,affine) add_tensor",
+        "2d b2 c4>8 i5x6 t3x3 | batch_norm(affine) relu prelu",
+    ],
+)
+def test_check(problem: str, device: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["check", problem, "--device", device]) == 0
+    assert capsys.readouterr().out.startswith("ok ")
+
+
+def test_check_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tconv import _core
+
+    run_forward = _core.run_forward
+    monkeypatch.setattr(_core, "run_forward", lambda *a: run_forward(*a) * 1.001)
+    good, rows = check("2d c4>4 i5x5 t3x3", "cpu")
+    assert not good and rows[0][0] == "output"
+
+
+def test_plan_info_and_errors(capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", "2d c4>4 i5x5 t3x3"]) == 0
+    assert "chosen" in capsys.readouterr().out
+    assert main(["plan", "2d c4>4 i5x5 t3x3", "--device", "h200"]) == 0
+    assert "on h200" in capsys.readouterr().out
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "reference" in text and torch.__version__ in text
+    assert main(["plan", "2d nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["unknown"])
+
+
+def test_compile_without_a_gpu(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCONV_CACHE_DIR", str(tmp_path))
+    problem = "2d b8 c64>64 i64x64 t3x3 | bias gelu group_norm(8,affine)"
+    status = main(["compile", "--training", "--device", "h200", problem])
+    captured = capsys.readouterr()
+    if status == 2 and "nvrtc" in captured.err.lower():
+        pytest.skip("NVRTC is not installed")
+    assert status == 0, captured.err
+    assert "grad_weight" in captured.out and "grad_epilogue" in captured.out and "registers" in captured.out
+
+
+# --- Examples ---------------------------------------------------------------------------------------------------------
+
+
+def _runner():
+    spec = importlib.util.spec_from_file_location("kernelbench_run", KERNELBENCH / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SMALL = {
+    "S1 level 1, 57": {"batch_size": 1, "height": 9, "width": 11},
+    "S2 level 1, 81": {"batch_size": 1, "height_in": 5, "width_in": 6},
+    "S3 level 1, 73": {"batch_size": 1, "depth": 3, "height": 4, "width": 5},
+    "S3 with groups=4": {"batch_size": 1, "depth": 3, "height": 4, "width": 5},
+    "S4 level 2, 19": {"batch_size": 2, "height": 7, "width": 6},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_kernelbench_models(name: str, device: str) -> None:
+    run = _runner()
+    assert set(SMALL) == set(run.CASES)
+    theirs, ours, module = run.build(name)
+    assert {n: p.shape for n, p in theirs.state_dict().items()} == {
+        n.partition(".")[2] if "." in n and "." not in m else n: p.shape
+        for (n, p), m in zip(ours.state_dict().items(), theirs.state_dict())
+    }
+    for a, e in zip(ours.parameters(), theirs.parameters()):
+        assert torch.equal(a, e)  # same seed, same initialisation, same order
+    for key, value in SMALL[name].items():
+        assert hasattr(module, key)
+        setattr(module, key, value)
+    theirs, ours = theirs.to(device), ours.to(device)
+    (x,) = (t.to(device) for t in module.get_inputs())
+    assert 0 <= x.min() and x.max() < 1
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        x.requires_grad_()
+        grad = torch.rand_like(theirs(x))
+        for a, e in zip(run.step(ours, x, grad), run.step(theirs, x, grad)):
+            torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-4)
+
+
+FULL = {
+    "57": [(8, 64, 1024, 1024), (64, 64, 3)],
+    "81": [(16, 32, 64, 128), (32, 64, 3, 5, 1, 2)],
+    "73": [(4, 32, 32, 64, 128), (32, 32, 3, 2, 1, 4)],
+    "19": [(128, 64, 256, 256), (64, 64, 3, 1, 8, 8)],
+}
+
+
+@pytest.mark.parametrize("number", FULL)
+def test_kernelbench_sizes(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full sizes, without the memory: torch.rand is replaced."""
+    run = _runner()
+    (file,) = {case[0] for case in run.CASES.values() if case[0].startswith(f"{number}_")}
+    module = run.load(file)
+    monkeypatch.setattr(torch, "rand", lambda *shape: torch.empty(shape, device="meta"))
+    (x,) = module.get_inputs()
+    assert [tuple(x.shape), tuple(module.get_init_inputs())] == FULL[number]
+    names = re.findall(r"\w+", str(__import__("inspect").signature(module.ModelNew)))
+    assert names[:3] == ["in_channels", "int", "out_channels"]
+
+
+def test_kernelbench_runner(capsys: pytest.CaptureFixture, device: str) -> None:
+    arguments = ["--batch", "1", "--only", "S2", "--repeats", "1", "--device", device]
+    assert _runner().main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "S2" in out and "training step" in out and "WRONG" not in out
+
+
+# --- The binary -------------------------------------------------------------------------------------------------------
+
+
+def test_the_module_keeps_to_the_limited_api() -> None:
+    """No symbol of PyTorch, none of Python outside the stable ABI of 3.10, no C++ runtime of the build machine."""
+    path = Path(_C.__file__)
+    assert ".abi3." in path.name
+    if shutil.which("nm") is None or shutil.which("readelf") is None:
+        pytest.skip("needs binutils")
+    undefined = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True)
+    names = {line.split()[-1].split("@")[0] for line in undefined.stdout.splitlines() if line.strip()}
+    assert not {n for n in names if re.search(r"torch|at4|c10|cuda", n, re.IGNORECASE)}
+    python = {n for n in names if n.startswith("_Py")}
+    assert python <= {"_Py_NoneStruct", "_Py_Dealloc", "_PyObject_New"}, python
+    dynamic = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
+    assert not [n for n in needed if re.match(r"libpython|libtorch|libc10|libcuda|libnvrtc|libgomp", n)], needed
+
+
+def test_arguments_of_the_binding_are_checked() -> None:
+    with pytest.raises(TypeError, match="plan takes 21 arguments"):
+        _C.plan(1, 2)
+    with pytest.raises(TypeError, match="expected a tconv._C.Plan"):
+        _C.run(*[None] * 15)
+    with pytest.raises(ValueError, match="direction must be in"):
+        _C.plan(9, *[0] * 20)
+    with pytest.raises(TypeError):
+        _C.Plan()
+    assert _C.geometry_key(2, 1, (0, 0), 0, 1, [1]) == _C.geometry_key(2, (1, 1), 0, 0, 1, 1)
+    assert _C.geometry_key(2, 1.0, 0, 0, 1, 1) is None and _C.geometry_key(2, True, 0, 0, 1, 1) is None
+
+
+def test_typed() -> None:
+    assert (Path(tconv.__file__).parent / "py.typed").exists()
+
+
+def test_import_in_a_fresh_interpreter_from_threads() -> None:
+    code = (
+        "import threading, torch, tconv\n"
+        "def work():\n"
+        "    tconv.conv_transpose1d(torch.rand(1, 2, 9), torch.rand(2, 2, 3))\n"
+        "ts = [threading.Thread(target=work) for _ in range(8)]\n"
+        "[t.start() for t in ts]; [t.join() for t in ts]; print('done')"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "done"
