@@ -396,13 +396,21 @@ std::vector<CheckResult> check(const Problem& stated, const Epilogue& epilogue, 
   Outputs expected = make_outputs(problem, epilogue);
   run_reference(problem, epilogue, in, expected);
 
+  std::string only = options.only;
+  if (options.chosen) {
+    const Plan plan = make_plan(problem, epilogue, device, options.only, kernels(device.backend));
+    if (!plan.steps.empty()) {
+      const Step& conv = plan.steps[static_cast<std::size_t>(plan.conv_step)];
+      only = std::string(conv.kernel->name) + ":" + to_string(conv.config);
+    }
+  }
   std::vector<CheckResult> results;
   const std::string line = to_string(problem, epilogue);
   for (const Kernel* kernel : kernels(device.backend)) {
     for (const Config& config : kernel->configs) {
       CheckResult result;
       result.kernel = std::string(kernel->name) + ":" + to_string(config);
-      if (!options.only.empty() && options.only != kernel->name && options.only != result.kernel) continue;
+      if (!only.empty() && only != kernel->name && only != result.kernel) continue;
       Plan plan;
       try {
         plan = make_plan(problem, epilogue, device, result.kernel, kernels(device.backend));

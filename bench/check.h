@@ -12,6 +12,7 @@ namespace tconv::bench {
 
 struct CheckOptions {
   std::string only;         // a kernel's name, or name:config; empty: all
+  bool chosen = false;      // only what the planner chooses
   std::uint64_t seed = 0;   // of the data
   bool non_finite = false;  // put a few infinities and NaNs into input, weight and grad_output
   double max_products = 0;  // reduce larger problems to about this many multiply-adds; 0: never

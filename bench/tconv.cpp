@@ -1,18 +1,19 @@
 // tconv.cpp — the command line tool: plan, check, time, compile.
 // SPDX-License-Identifier: Apache-2.0
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <fstream>
-#include <map>
-#include <mutex>
 #include <random>
 #include <set>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -38,7 +39,7 @@ options
                      cpu_portable. Default: cpu; check also runs on cuda when there is one
   --only NAME        a kernel, or kernel:config
   --arch ARCH        compile: sm_80, sm_90a ... Default: that of the device
-  --chosen           compile: only what the planner chooses, not every kernel and config that fits
+  --chosen           check, compile: only what the planner chooses, not every kernel and config that fits
   --jobs N           compile: how many at once. Default: all cores
   --reduce PRODUCTS  check: shrink batch and sizes until a problem has about so many multiply-adds
   --non-finite       check: with a few infinities and NaNs in the data
@@ -147,6 +148,7 @@ int run_check(const Options& options) {
   check_options.only = options.only;
   check_options.max_products = options.reduce;
   check_options.non_finite = options.non_finite;
+  check_options.chosen = options.chosen;
   check_options.seed = options.have_seed ? options.seed : std::random_device{}();
   std::size_t checked = 0, failed = 0;
   for (const std::string& line : options.problems) {
@@ -277,8 +279,6 @@ int run_time(const Options& options) {
 struct Compilation {
   Unit unit;
   std::string kernel, problem;
-  cuda::BuildReport report;
-  std::string error;
 };
 
 int run_compile(const Options& options) {
@@ -322,44 +322,55 @@ int run_compile(const Options& options) {
   }
   if (work.empty()) throw UsageError("no device source fits these problems");
 
-  std::atomic<std::size_t> next = 0, done = 0;
-  std::mutex print;
-  std::size_t good = 0;
-  const auto worker = [&] {
-    for (std::size_t index; (index = next++) < work.size();) {
-      Compilation& item = work[index];
-      try {
-        cuda::compile(item.unit, arch, &item.report);
-      } catch (const std::exception& error) {
-        item.error = error.what();
-        // Without the compiler every other unit fails alike.
-        if (item.error.find("libnvrtc cannot be opened") != std::string::npos) next = work.size();
-      }
-      const cuda::BuildReport& report = item.report;
-      const std::size_t shared = item.unit.shared_bytes + report.static_shared_bytes;
+  // NVRTC compiles one unit at a time in a process, so the jobs are processes; they share these counters.
+  struct Progress {
+    std::atomic<std::size_t> next, done, good;
+  };
+  void* shared_page = mmap(nullptr, sizeof(Progress), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (shared_page == MAP_FAILED) throw std::runtime_error("mmap failed");
+  Progress& progress = *new (shared_page) Progress{0, 0, 0};
+  const auto compile_all = [&] {
+    for (std::size_t index; (index = progress.next++) < work.size();) {
+      const Compilation& item = work[index];
+      cuda::BuildReport report;
       std::string verdict;
-      if (!item.error.empty()) verdict = item.error;
+      try {
+        cuda::compile(item.unit, arch, &report);
+      } catch (const std::exception& error) {
+        verdict = error.what();
+        // Without the compiler every other unit fails alike.
+        if (verdict.find("libnvrtc cannot be opened") != std::string::npos) progress.next = work.size();
+      }
+      const std::size_t shared = item.unit.shared_bytes + report.static_shared_bytes;
       if (report.spill_bytes > 0) verdict += " spills";
       // Registers are handed out in units of 8 a thread; a multiprocessor has 65536.
-      if ((report.registers + 7) / 8 * 8 * ((item.unit.threads + 31) / 32 * 32) > 65536)
+      if ((report.registers + 7) / 8 * 8 * ((item.unit.threads + 31) / 32 * 32) > 65536) {
         verdict += " too many registers";
+      }
       if (shared > device.shared_memory_per_block) verdict += " too much shared memory";
-      const std::lock_guard lock(print);
-      good += verdict.empty();
-      std::printf("[%zu/%zu] %s  %3d registers  %5zu spilled  %6zu shared  %4d threads  %5.2f s%s  %s %s  %s\n", ++done,
-                  work.size(), verdict.empty() ? "ok  " : "FAIL", report.registers, report.spill_bytes, shared,
-                  item.unit.threads, report.seconds, report.from_cache ? " cached" : "", item.kernel.c_str(),
-                  item.unit.entry.c_str(), item.problem.c_str());
-      if (!verdict.empty()) std::printf("  %s\n", verdict.c_str());
+      progress.good += verdict.empty();
+      std::printf("[%zu/%zu] %s  %3d registers  %5zu spilled  %6zu shared  %4d threads  %5.2f s%s  %s %s  %s%s%s\n",
+                  ++progress.done, work.size(), verdict.empty() ? "ok  " : "FAIL", report.registers, report.spill_bytes,
+                  shared, item.unit.threads, report.seconds, report.from_cache ? " cached" : "", item.kernel.c_str(),
+                  item.unit.entry.c_str(), item.problem.c_str(), verdict.empty() ? "" : "\n  ", verdict.c_str());
       std::fflush(stdout);
     }
   };
-  std::vector<std::thread> threads;
-  const int jobs = options.jobs > 0 ? options.jobs : cpu_device().cores;
-  for (int i = 0; i < jobs; ++i) threads.emplace_back(worker);
-  for (std::thread& thread : threads) thread.join();
-  std::printf("%zu of %zu compiled for %s without spills and within the limits\n", good, work.size(), arch.c_str());
-  return good < work.size();
+  const int jobs = std::min(options.jobs > 0 ? options.jobs : cpu_device().cores, static_cast<int>(work.size()));
+  std::vector<pid_t> children;
+  for (int i = 1; i < jobs; ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      compile_all();
+      _exit(0);
+    }
+    if (child > 0) children.push_back(child);  // otherwise fewer jobs do the same work
+  }
+  compile_all();
+  for (const pid_t child : children) waitpid(child, nullptr, 0);
+  std::printf("%zu of %zu compiled for %s without spills and within the limits\n", progress.good.load(), work.size(),
+              arch.c_str());
+  return progress.good < work.size();
 }
 
 int run(int argc, char** argv) {

@@ -30,6 +30,8 @@ void check_all(const Device& device, int shard) {
   CheckOptions options;
   options.max_products = kMaxProducts;
   options.seed = seed_of_this_run();
+  // Every config of every CUDA kernel is 15 000 compilations; by default, those that plans choose.
+  options.chosen = device.backend == Backend::cuda && std::getenv("TCONV_EVERY_CONFIG") == nullptr;
   int number = 0;
   std::size_t checked = 0;
   for (std::string line; std::getline(file, line);) {
@@ -92,6 +94,7 @@ void check_random(const Device& device, int count, bool non_finite) {
     CheckOptions options;
     options.seed = random();
     options.non_finite = non_finite;
+    options.chosen = device.backend == Backend::cuda && std::getenv("TCONV_EVERY_CONFIG") == nullptr;
     for (const CheckResult& result : check(problem, epilogue, device, options)) EXPECT_EQ(result.failure, "");
   }
 }
