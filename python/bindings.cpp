@@ -126,7 +126,9 @@ void put(const Object& dict, const char* key, std::string_view value) { put(dict
 void put_int(const Object& dict, const char* key, std::int64_t value) {
   put(dict, key, checked(PyLong_FromLongLong(value)));
 }
-void put_float(const Object& dict, const char* key, double value) { put(dict, key, checked(PyFloat_FromDouble(value))); }
+void put_float(const Object& dict, const char* key, double value) {
+  put(dict, key, checked(PyFloat_FromDouble(value)));
+}
 
 template <class Range, class F>
 Object to_list(const Range& range, F&& convert) {
@@ -138,11 +140,11 @@ Object to_list(const Range& range, F&& convert) {
   return list;
 }
 
-// --- Plan -------------------------------------------------------------------------------------------------------------
+// --- Plan
+// -------------------------------------------------------------------------------------------------------------
 
 struct PlanObject {
-  PyObject_HEAD
-  std::shared_ptr<const Plan>* plan;
+  PyObject_HEAD std::shared_ptr<const Plan>* plan;
 };
 
 PyTypeObject* plan_type = nullptr;
@@ -201,27 +203,31 @@ PyObject* plan_problem(PyObject* self, void*) {
 }
 PyObject* plan_steps(PyObject* self, void*) {
   return guarded(PyExc_RuntimeError, [&] {
-    return to_list(plan_of(self).steps, [](const tconv::Step& step) {
-             Object dict = checked(PyDict_New());
-             put(dict, "kernel", step.kernel->name);
-             put(dict, "config", tconv::to_string(step.config));
-             put(dict, "problem", problem_string(step.problem, step.epilogue));
-             put_float(dict, "microseconds", step.microseconds);
-             return dict;
-           }).release();
+    return to_list(plan_of(self).steps,
+                   [](const tconv::Step& step) {
+                     Object dict = checked(PyDict_New());
+                     put(dict, "kernel", step.kernel->name);
+                     put(dict, "config", tconv::to_string(step.config));
+                     put(dict, "problem", problem_string(step.problem, step.epilogue));
+                     put_float(dict, "microseconds", step.microseconds);
+                     return dict;
+                   })
+        .release();
   });
 }
 PyObject* plan_candidates(PyObject* self, void*) {
   return guarded(PyExc_RuntimeError, [&] {
-    return to_list(plan_of(self).candidates, [](const tconv::Candidate& candidate) {
-             Object dict = checked(PyDict_New());
-             put(dict, "kernel", candidate.kernel);
-             put(dict, "config", tconv::to_string(candidate.config));
-             put(dict, "refusal", candidate.fit.refusal);
-             put_float(dict, "microseconds", candidate.fit.microseconds);
-             put(dict, "chosen", checked(PyBool_FromLong(candidate.chosen)));
-             return dict;
-           }).release();
+    return to_list(plan_of(self).candidates,
+                   [](const tconv::Candidate& candidate) {
+                     Object dict = checked(PyDict_New());
+                     put(dict, "kernel", candidate.kernel);
+                     put(dict, "config", tconv::to_string(candidate.config));
+                     put(dict, "refusal", candidate.fit.refusal);
+                     put_float(dict, "microseconds", candidate.fit.microseconds);
+                     put(dict, "chosen", checked(PyBool_FromLong(candidate.chosen)));
+                     return dict;
+                   })
+        .release();
   });
 }
 PyObject* plan_explain(PyObject* self, PyObject*) {
@@ -245,7 +251,8 @@ PyGetSetDef plan_getset[] = {
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 PyMethodDef plan_methods[] = {
-    {"explain", plan_explain, METH_NOARGS, "One line per candidate kernel: chosen first, then by price, then refusals."},
+    {"explain", plan_explain, METH_NOARGS,
+     "One line per candidate kernel: chosen first, then by price, then refusals."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyType_Slot plan_slots[] = {
@@ -256,9 +263,11 @@ PyType_Slot plan_slots[] = {
     {Py_tp_doc, const_cast<char*>("Which kernels run for a problem. Made by plan() and plan_string(), run by run().")},
     {0, nullptr},
 };
-PyType_Spec plan_spec = {"tconv._C.Plan", sizeof(PlanObject), 0, Py_TPFLAGS_DEFAULT, plan_slots};
+PyType_Spec plan_spec = {"tconv._C.Plan", sizeof(PlanObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                         plan_slots};
 
-// --- Geometry ---------------------------------------------------------------------------------------------------------
+// --- Geometry
+// ---------------------------------------------------------------------------------------------------------
 
 // Appends `rank` numbers from an int or a sequence of one or `rank` ints. False: something else, which the caller then
 // examines in Python (to convert it, or to refuse it by name). bool is refused as PyTorch refuses it.
@@ -303,7 +312,8 @@ PyObject* geometry_key(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// --- Making plans -----------------------------------------------------------------------------------------------------
+// --- Making plans
+// -----------------------------------------------------------------------------------------------------
 
 template <class Enum>
 Enum to_enum(PyObject* object, int count, const char* name) {
@@ -423,7 +433,8 @@ PyObject* parse_problem(PyObject*, PyObject* argument) {
   });
 }
 
-// --- Running ----------------------------------------------------------------------------------------------------------
+// --- Running
+// ----------------------------------------------------------------------------------------------------------
 
 template <class Pointer>
 void fill_operands(PyObject* object, std::array<Pointer, tconv::kMaxOperands>& slots) {
@@ -463,7 +474,8 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// --- The rest ---------------------------------------------------------------------------------------------------------
+// --- The rest
+// ---------------------------------------------------------------------------------------------------------
 
 PyObject* compile(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded(PyExc_ValueError, [&]() -> PyObject* {
@@ -491,17 +503,19 @@ PyObject* compile(PyObject*, PyObject* const* args, Py_ssize_t count) {
         }
       }
     }
-    return to_list(built, [](const Built& entry) {
-             Object dict = checked(PyDict_New());
-             put(dict, "kernel", entry.kernel);
-             put(dict, "source", entry.source);
-             put(dict, "entry", entry.entry);
-             put_int(dict, "registers", entry.report.registers);
-             put_int(dict, "spill_bytes", static_cast<std::int64_t>(entry.report.spill_bytes));
-             put_float(dict, "seconds", entry.report.seconds);
-             put(dict, "from_cache", checked(PyBool_FromLong(entry.report.from_cache)));
-             return dict;
-           }).release();
+    return to_list(built,
+                   [](const Built& entry) {
+                     Object dict = checked(PyDict_New());
+                     put(dict, "kernel", entry.kernel);
+                     put(dict, "source", entry.source);
+                     put(dict, "entry", entry.entry);
+                     put_int(dict, "registers", entry.report.registers);
+                     put_int(dict, "spill_bytes", static_cast<std::int64_t>(entry.report.spill_bytes));
+                     put_float(dict, "seconds", entry.report.seconds);
+                     put(dict, "from_cache", checked(PyBool_FromLong(entry.report.from_cache)));
+                     return dict;
+                   })
+        .release();
   });
 }
 
@@ -516,7 +530,9 @@ PyObject* device_info(PyObject*, PyObject* argument) {
     put_float(dict, "tf32_tflops", device.tf32_tflops);
     put_float(dict, "f16_tflops", device.f16_tflops);
     put(dict, "isa",
-        device.isa == tconv::Isa::avx512 ? "avx512" : device.isa == tconv::Isa::avx2 ? "avx2" : "portable");
+        device.isa == tconv::Isa::avx512 ? "avx512"
+        : device.isa == tconv::Isa::avx2 ? "avx2"
+                                         : "portable");
     put_int(dict, "cores", device.cores);
     put_int(dict, "compute_capability", device.compute_capability);
     put_int(dict, "multiprocessors", device.multiprocessors);
@@ -529,7 +545,8 @@ PyObject* cuda_device_count(PyObject*, PyObject*) { return PyLong_FromLong(tconv
 PyObject* kernel_names(PyObject*, PyObject* argument) {
   return guarded(PyExc_ValueError, [&]() -> PyObject* {
     const std::string backend = to_text(argument);
-    if (backend != "cpu" && backend != "cuda") throw std::invalid_argument("backend must be cpu or cuda, got " + backend);
+    if (backend != "cpu" && backend != "cuda")
+      throw std::invalid_argument("backend must be cpu or cuda, got " + backend);
     return to_list(tconv::kernel_names(backend == "cpu" ? tconv::Backend::cpu : tconv::Backend::cuda),
                    [](const std::string& name) { return from_text(name); })
         .release();
@@ -544,18 +561,20 @@ PyObject* operations(PyObject*, PyObject*) {
 #define NORM(name, ...) tconv::OpKind::name,
 #include "tconv/epilogue.def"
     };
-    return to_list(kKinds, [](tconv::OpKind kind) {
-             Object dict = checked(PyDict_New());
-             put(dict, "name", tconv::to_string(kind));
-             put(dict, "norm", checked(PyBool_FromLong(tconv::is_norm(kind))));
-             const tconv::OperandKind operand = tconv::operand_kind(kind);
-             put(dict, "operand",
-                 operand == tconv::OperandKind::channel  ? "channel"
-                 : operand == tconv::OperandKind::tensor ? "tensor"
-                                                         : "none");
-             put_int(dict, "scalars", tconv::num_scalars(kind));
-             return dict;
-           }).release();
+    return to_list(kKinds,
+                   [](tconv::OpKind kind) {
+                     Object dict = checked(PyDict_New());
+                     put(dict, "name", tconv::to_string(kind));
+                     put(dict, "norm", checked(PyBool_FromLong(tconv::is_norm(kind))));
+                     const tconv::OperandKind operand = tconv::operand_kind(kind);
+                     put(dict, "operand",
+                         operand == tconv::OperandKind::channel  ? "channel"
+                         : operand == tconv::OperandKind::tensor ? "tensor"
+                                                                 : "none");
+                     put_int(dict, "scalars", tconv::num_scalars(kind));
+                     return dict;
+                   })
+        .release();
   });
 }
 
@@ -593,7 +612,8 @@ PyMethodDef methods[] = {
      "operands, grad_operands); tensors are addresses or None"},
     {"compile", as_method(compile), METH_FASTCALL, "compile(problem, device) -> list of build reports"},
     {"device_info", device_info, METH_O, "device_info(name) -> dict"},
-    {"cuda_device_count", cuda_device_count, METH_NOARGS, "How many CUDA devices the driver shows; 0 without a driver."},
+    {"cuda_device_count", cuda_device_count, METH_NOARGS,
+     "How many CUDA devices the driver shows; 0 without a driver."},
     {"kernel_names", kernel_names, METH_O, "kernel_names('cpu' or 'cuda') -> list of names, in the registry's order"},
     {"operations", operations, METH_NOARGS, "The operations of a fused chain, one dictionary each."},
     {"clear_plan_cache", clear_plan_cache, METH_NOARGS, "Forgets every plan."},
@@ -602,9 +622,15 @@ PyMethodDef methods[] = {
 };
 
 PyModuleDef module_definition = {
-    PyModuleDef_HEAD_INIT, "tconv._C", "The core of tconv: plans and runs transposed convolutions on raw addresses.", -1,
-    methods,               nullptr,    nullptr,
-    nullptr,               nullptr,
+    PyModuleDef_HEAD_INIT,
+    "tconv._C",
+    "The core of tconv: plans and runs transposed convolutions on raw addresses.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace

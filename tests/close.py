@@ -1,4 +1,4 @@
-"""Comparison with float64 references: one tolerance, derived from the dtype and the number of terms (docs/numerics.md)."""
+"""Comparison with float64 references: one tolerance from the dtype and the number of terms (docs/numerics.md)."""
 
 from __future__ import annotations
 

@@ -78,9 +78,7 @@ IN_DIMS = [(0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0), (0, Non
 def test_vmap(in_dims: tuple, batched: bool, through_operators: bool, device: str) -> None:
     base = [t.detach() for t in leaves(2, device, 2, batched)]
     arguments = {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}
-    stacked = [
-        t if d is None else torch.stack([t, t + 1, t * 2]).movedim(0, d) for t, d in zip(base, in_dims)
-    ]
+    stacked = [t if d is None else torch.stack([t, t + 1, t * 2]).movedim(0, d) for t, d in zip(base, in_dims)]
 
     def ours(x, w, b):
         if through_operators:

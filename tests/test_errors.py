@@ -19,7 +19,11 @@ CASES = {
     "negative padding": ((X, W), {"padding": -1}, r"padding=\(-1, -1\)"),
     "zero dilation": ((X, W), {"dilation": 0}, r"dilation=\(0, 0\)"),
     "output_padding equals stride": ((X, W), {"stride": 2, "output_padding": 2}, "output padding must be smaller"),
-    "output_padding in one dimension": ((X, W), {"stride": (2, 1), "output_padding": 1}, "output padding must be smaller"),
+    "output_padding, one dimension": (
+        (X, W),
+        {"stride": (2, 1), "output_padding": 1},
+        "output padding must be smaller",
+    ),
     "negative output_padding": ((X, W), {"stride": 2, "output_padding": -1}, "negative output_padding"),
     "zero groups": ((X, W), {"groups": 0}, "groups=0"),
     "negative groups": ((X, W), {"groups": -1}, "groups=-1"),
@@ -78,7 +82,7 @@ def test_complex_is_named() -> None:
 
 
 def test_meta_and_cpu_do_not_mix() -> None:
-    with pytest.raises(RuntimeError, match="same device.*meta.*cpu"):
+    with pytest.raises(RuntimeError, match=r"same device.*meta.*cpu"):
         tconv.conv_transpose2d(X.to("meta"), W)
 
 
@@ -104,7 +108,7 @@ MODULES = {
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_modules_refuse_as_pytorchs(case: str, rank: int) -> None:
     arguments, keywords = MODULES[case]
-    with pytest.raises(Exception) as theirs:  # noqa: B017 whatever it raises is the expectation
+    with pytest.raises(Exception) as theirs:  # whatever it raises is the expectation
         getattr(torch.nn, f"ConvTranspose{rank}d")(*arguments, **keywords)
     with pytest.raises(theirs.type) as ours:
         getattr(tconv.nn, f"ConvTranspose{rank}d")(*arguments, **keywords)
@@ -121,12 +125,13 @@ def test_cuda_plan_without_cuda_says_what_is_missing() -> None:
     with pytest.raises(RuntimeError, match="driver"):
         tconv._C.plan_string("2d c4>4 i8x8 t3x3", "cuda", "")
     with pytest.raises(RuntimeError, match="driver"):
-        ones = (1, 1)
-        tconv._C.plan(0, 2, 1, 1, 4, 4, (8, 8), (3, 3), ones, (0, 0), (0, 0), ones, 0, 0, 0, 0, "", False, None, None, "")
+        ones, zeros = (1, 1), (0, 0)
+        geometry = ((8, 8), (3, 3), ones, zeros, zeros, ones)
+        tconv._C.plan(0, 2, 1, 1, 4, 4, *geometry, 0, 0, 0, 0, "", False, None, None, "")
 
 
 def test_bad_problem_strings() -> None:
-    with pytest.raises(ValueError, match="stride|s0"):
+    with pytest.raises(ValueError, match=r"stride|s0"):
         tconv._C.parse_problem("2d c4>4 i8x8 t3x3 s0")
     with pytest.raises(ValueError, match="nonsense"):
         tconv._C.parse_problem("2d c4>4 i8x8 t3x3 | nonsense")

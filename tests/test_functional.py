@@ -1,4 +1,4 @@
-"""conv_transpose1d/2d/3d against float64 PyTorch, over every parameter; shapes, memory formats, empty and odd inputs."""
+"""conv_transpose1d/2d/3d against float64 PyTorch, over every parameter; memory formats, empty and odd inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from close import assert_close
 from conftest import DEVICES
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import tconv
@@ -108,9 +108,18 @@ def test_output_and_gradients_match_float64(problem: dict) -> None:
 @given(problems())
 def test_memory_format_is_pytorchs(problem: dict) -> None:
     problem = {**problem, "device": "cpu", "dtype": torch.float32}
+    arguments = problem["arguments"]
+    # There PyTorch's CPU leaves oneDNN for a plain loop that returns contiguous 3D results; its CUDA side does not.
+    plain_loop = any(op >= s for op, s in zip(arguments["output_padding"], arguments["stride"], strict=True))
+    assume(not (problem["rank"] == 3 and plain_loop))
     x, w, b = tensors(problem)
-    rank, arguments = problem["rank"], problem["arguments"]
-    assert OURS[rank](x, w, b, **arguments).stride() == THEIRS[rank](x, w, b, **arguments).stride()
+    y = OURS[problem["rank"]](x, w, b, **arguments)
+    expected = THEIRS[problem["rank"]](x, w, b, **arguments)
+
+    def order(t: torch.Tensor) -> tuple[int, ...]:  # the stride of a dimension of size 1 means nothing
+        return tuple(stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
+
+    assert order(y) == order(expected)
 
 
 def test_channels_last_weight_gives_channels_last_output(device: str) -> None:

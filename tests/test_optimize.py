@@ -119,11 +119,11 @@ def test_same_model_before_and_after(name: str, device: str) -> None:
     torch.manual_seed(5)
     ours = build().to(device, torch.float64)
     parameters = {n: id(p) for n, p in ours.named_parameters()}
-    names = [n for n, _ in ours.named_modules()]
+    names = [n for n, _ in ours.named_modules(remove_duplicate=False)]
     assert tconv.optimize(ours) is ours
     assert {n: id(p) for n, p in ours.named_parameters()} == parameters
     assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert [n for n, _ in ours.named_modules()] == names
+    assert [n for n, _ in ours.named_modules(remove_duplicate=False)] == names
     swapped = {line.path for line in ours.tconv_report.of("swapped")}
     assert swapped == set(convolutions(theirs))
     x = torch.rand(shape, device=device, dtype=torch.float64, requires_grad=True)
@@ -276,7 +276,7 @@ def test_optimized_model_compiles_and_exports(device: str) -> None:
     torch.testing.assert_close(lowered.module()(x), expected, atol=1e-4, rtol=1e-4)
 
 
-# --- torch.compile(backend="tconv") ------------------------------------------------------------------------------------
+# --- torch.compile(backend="tconv") ---------------------------------------------------------------------------------
 
 
 class Functional(nn.Module):
@@ -367,7 +367,7 @@ def test_backend_under_autocast(device: str) -> None:
     torch.testing.assert_close(y, expected, atol=5e-2, rtol=5e-2)
 
 
-# --- explain ------------------------------------------------------------------------------------------------------------
+# --- explain --------------------------------------------------------------------------------------------------------
 
 
 def test_explain() -> None:

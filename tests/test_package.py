@@ -187,7 +187,7 @@ def test_the_module_keeps_to_the_limited_api() -> None:
 def test_arguments_of_the_binding_are_checked() -> None:
     with pytest.raises(TypeError, match="plan takes 21 arguments"):
         _C.plan(1, 2)
-    with pytest.raises(TypeError, match="expected a tconv._C.Plan"):
+    with pytest.raises(TypeError, match=r"expected a tconv\._C\.Plan"):
         _C.run(*[None] * 15)
     with pytest.raises(ValueError, match="direction must be in"):
         _C.plan(9, *[0] * 20)

@@ -1,7 +1,7 @@
 """KernelBench level 2, problem 19: ConvTranspose2d 64 -> 64, 3x3, then exact GELU, then GroupNorm of 8 groups.
 
-On 128 x 64 x 256 x 256. The benchmark's model takes `groups` and does not hand it to the convolution, which is therefore
-dense; only num_groups, the normalisation's, has an effect. This one does the same.
+On 128 x 64 x 256 x 256. The benchmark's model takes `groups` and does not hand it to the convolution, which is
+therefore dense; only num_groups, the normalisation's, has an effect. This one does the same.
 """
 
 import torch

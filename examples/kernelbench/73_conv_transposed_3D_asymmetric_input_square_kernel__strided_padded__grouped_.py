@@ -1,9 +1,9 @@
 """KernelBench level 1, problem 73: ConvTranspose3d 32 -> 32, 3x3x3, stride 2, padding 1, on 4 x 32 x 32 x 64 x 128.
 
-The benchmark calls its model as (32, 32, 3, 2, 1, 4). The sixth position is output_padding, and the benchmark's own model
-does not hand output_padding on, so what it times is a dense convolution without output padding. This one does the same:
-handing the 4 on would be an error (it must be smaller than the stride), and grouping would be another problem. The grouped
-layer that the file's name speaks of is ModelNew(32, 32, 3, 2, 1, groups=4).
+The benchmark calls its model as (32, 32, 3, 2, 1, 4). The sixth position is output_padding, and the benchmark's own
+model does not hand output_padding on, so what it times is a dense convolution without output padding. This one does the
+same: handing the 4 on would be an error (it must be smaller than the stride), and grouping would be another problem.
+The grouped layer that the file's name speaks of is ModelNew(32, 32, 3, 2, 1, groups=4).
 """
 
 import torch

@@ -1,6 +1,7 @@
-"""KernelBench level 1, problem 81: ConvTranspose2d 32 -> 64, 3x3, stride 5, padding 1, dilation 2, on 16 x 32 x 64 x 128.
+"""KernelBench level 1, problem 81: ConvTranspose2d 32 -> 64, 3x3, stride 5, padding 1, dilation 2.
 
-With stride 5 and three taps two apart, 64 % of the outputs meet no tap at all and are exact zeros.
+On 16 x 32 x 64 x 128. With stride 5 and three taps two apart, 64 % of the outputs meet no tap at all and are exactly
+zero.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """``python -m tconv plan|check|bench|compile|info``: the package from the command line.
 
-A problem is a string: ``2d b8 g1 c64>64 i1024x1024 t3x3 s1 p0 f32``, optionally followed by ``| bias gelu``. The C++ tool
-``tconv`` reads the same strings.
+A problem is a string: ``2d b8 g1 c64>64 i1024x1024 t3x3 s1 p0 f32``, optionally followed by ``| bias gelu``. The C++
+tool ``tconv`` reads the same strings.
 """
 
 from __future__ import annotations
@@ -64,14 +64,22 @@ def check(problem: str, device: str, training: bool = True) -> Tuple[bool, List[
     p = _C.parse_problem(problem)
     rank, dtype = p["rank"], _DTYPES[p["dtype"]]
     geom = _core.Geometry(
-        rank, p["stride"], p["padding"], p["output_padding"], p["groups"], p["dilation"], _core.PRECISIONS[p["precision"]]
+        rank,
+        p["stride"],
+        p["padding"],
+        p["output_padding"],
+        p["groups"],
+        p["dilation"],
+        _core.PRECISIONS[p["precision"]],
     )
     torch.manual_seed(0)
     memory_format = torch.contiguous_format
     if p["layout"] == "channels_last" and rank > 1:
         memory_format = torch.channels_last if rank == 2 else torch.channels_last_3d
     x = (torch.rand(p["batch"], p["in_channels"], *p["input"], dtype=torch.float64) - 0.5).to(dtype)
-    w = (torch.rand(p["in_channels"], p["out_channels"] // p["groups"], *p["kernel"], dtype=torch.float64) - 0.5).to(dtype)
+    w = (torch.rand(p["in_channels"], p["out_channels"] // p["groups"], *p["kernel"], dtype=torch.float64) - 0.5).to(
+        dtype
+    )
     bias = (torch.rand(p["out_channels"], dtype=torch.float64) - 0.5).to(dtype) if p["bias"] else None
     chain = " ".join(t for t in p["epilogue"].split() if t not in ("bias", "save"))
     shape = (p["batch"], p["out_channels"], *p["output"])
@@ -183,11 +191,15 @@ def _directions(problem: str, training: bool) -> List[str]:
     head = p["text"].partition("|")[0].strip()
     pre = " ".join(t for t in p["epilogue"].split() if t.startswith("pre:"))
     ops = " ".join(t for t in p["epilogue"].split() if not t.startswith("pre:") and t != "bias")
-    found = [f"{p['text']} save" if ops else p["text"], f"{head} grad_input", f"{head} grad_weight | {pre}".rstrip(" |")]
+    found = [
+        f"{p['text']} save" if ops else p["text"],
+        f"{head} grad_input",
+        f"{head} grad_weight | {pre}".rstrip(" |"),
+    ]
 
     def alone(channels: int, size: Sequence[int], chain: str) -> str:
         layout = "" if p["layout"] == "contiguous" else f" {p['layout']}"
-        shape = f"{p['rank']}d b{p['batch']} c{channels}>{channels} i{'x'.join(map(str, size))} {p['dtype']}{layout}"
+        shape = f"{p['rank']}d b{p['batch']} c{channels}>{channels} i{'x'.join(map(str, size))} t1 {p['dtype']}{layout}"
         return f"{shape} grad_epilogue | {chain}"
 
     if ops:

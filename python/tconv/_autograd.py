@@ -1,7 +1,7 @@
 """Gradients of any order: three operations that are linear in both arguments and each other's derivatives.
 
-``y = T(x, w)`` (transposed convolution), ``C(g, w)`` (its gradient by x, a strided convolution) and ``W(x, g)`` (its
-gradient by w). Each class calls the core directly; PyTorch's dispatcher is not involved, which keeps an eager call cheap.
+``y = T(x, w)`` (transposed convolution), ``C(g, w)`` (its gradient by x, a strided convolution), ``W(x, g)`` (its
+gradient by w). Each class calls the core directly; PyTorch's dispatcher is not involved, which keeps eager calls cheap.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ConvTranspose(Function):
         ctx.geom = how.geom if type(how) is Entry else how
         ctx.x_size = tuple(x.shape[-ctx.geom.rank :])
         ctx.kernel = tuple(w.shape[2:])
-        # Each gradient needs the other operand only. The flags are known here, and a frozen decoder keeps no activations.
+        # Each gradient needs the other operand only, so a frozen decoder keeps no activations.
         needs_x, needs_w = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if needs_w else None, w if needs_x else None)
         ctx.save_for_forward(x, w)

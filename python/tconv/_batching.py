@@ -48,9 +48,7 @@ def conv_transpose(
     if w_dim is not None:
         folded = w.movedim(w_dim, 0).flatten(0, 1)
         folded_bias = None if bias is None else _front(bias, bias_dim, size).flatten(0, 1)
-        y = call(
-            geom._replace(groups=geom.groups * size), _into_channels(x, x_dim, size, rank), folded, folded_bias
-        )
+        y = call(geom._replace(groups=geom.groups * size), _into_channels(x, x_dim, size, rank), folded, folded_bias)
         return _out_of_channels(y, size, rank)
     shared_bias = bias if bias_dim is None else None
     if x_dim is None:  # only the bias is batched

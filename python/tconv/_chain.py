@@ -1,8 +1,8 @@
-"""Chains of operations around a convolution: how torch.nn's modules are said in the core's words, and in PyTorch's.
+"""Chains of operations around a convolution: torch.nn's modules in the core's words, and those in PyTorch's operations.
 
-A chain is the core's epilogue string: ``pre:leaky_relu(0.1) gelu group_norm(8,eps=1e-05,affine) scale(2)``. ``describe``
-turns a module into such a word and its operands; ``compose`` applies a chain with differentiable PyTorch operations, which
-is what gradients of second order, vmap and forward-mode differentiation go through.
+A chain is the core's epilogue string: ``pre:leaky_relu(0.1) gelu group_norm(8,eps=1e-05,affine) scale(2)``.
+``describe`` turns a module into such a word and its operands; ``compose`` applies a chain with differentiable PyTorch
+operations, which is what gradients of second order, vmap and forward-mode differentiation go through.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def _no_operands(module: Any, channels: int) -> Tuple[Tensor, ...]:
 
 
 class Described(NamedTuple):
-    """A module in the core's words. The text is fixed when a chain is built; operands are fetched at every call, so that
-    parameters which are replaced or computed (parametrizations) are seen."""
+    """A module in the core's words. The text is fixed when a chain is built; operands are fetched at every call, so
+    that parameters which are replaced or computed (parametrizations) are seen."""
 
     text: str
     operands: Operands = _no_operands

@@ -294,7 +294,8 @@ def check_shapes(geom: Geometry, x: Any, w: Any, bias: Optional[Any]) -> None:
     out_channels = w_shape[1] * groups
     if out_channels < 1:
         raise RuntimeError(
-            f"{name}(): weight must have at least 1 output channel at dimension 1, but got weight of size {list(w_shape)}"
+            f"{name}(): weight must have at least 1 output channel at dimension 1, but got weight of size "
+            f"{list(w_shape)}"
         )
     if min(w_shape[2:]) < 1:
         raise RuntimeError(f"{name}(): kernel size must be at least 1, but got weight of size {list(w_shape)}")
@@ -329,7 +330,7 @@ def check_sizes(geom: Geometry, x_shape: Size, kernel: Size) -> None:
 class Entry:
     """A plan and what has to be known to run it on tensors of these sizes and strides."""
 
-    __slots__ = ("plan", "geom", "shape", "layout", "workspace", "x_shape", "w_shape")
+    __slots__ = ("geom", "layout", "plan", "shape", "w_shape", "workspace", "x_shape")
 
     def __init__(self, plan: Any, geom: Geometry, shape: Size, layout: int, x_shape: Size, w_shape: Size) -> None:
         self.plan = plan  # None: the forward result has no elements (so gradients are zero), or meta tensors
@@ -653,5 +654,3 @@ def _check_grad_output(geom: Geometry, grad_output: Tensor, x_shape: Size, w_sha
             f"conv_transpose{rank}d backward: expected grad_output of size {list(wanted)} for input {list(x_shape)}, "
             f"weight {list(w_shape)} and {geom}, but got {list(grad_output.shape)}"
         )
-
-

@@ -16,8 +16,8 @@ def explain(layer: Union[torch.nn.Module, str], *inputs: Any, device: Optional[s
     """Every kernel that was considered, with its predicted cost or its reason to refuse.
 
     Args:
-        layer: a transposed convolution, a :class:`tconv.nn.Fused`, any model that contains some, or a problem string such
-            as ``"2d b8 c64>64 i1024x1024 t3x3"``.
+        layer: a transposed convolution, a :class:`tconv.nn.Fused`, any model that contains some, or a problem string
+            such as ``"2d b8 c64>64 i1024x1024 t3x3"``.
         inputs: what the module would be called with. None for a problem string.
         device: for a problem string: ``"cpu"`` (the default), ``"cuda"``, ``"cuda:1"``, or a known device such as
             ``"h200"``, which need not be there.
@@ -48,8 +48,8 @@ def explain(layer: Union[torch.nn.Module, str], *inputs: Any, device: Optional[s
         path = names[id(module)]
         blocks.append(f"{path}: {text}" if path else text)
 
+    kinds: Any = (tnn._TransposedConvolution, tnn.Fused)
     for module in layer.modules():
-        kinds = (tnn._TransposedConvolution, tnn.Fused)
         if isinstance(module, kinds) and id(module) not in inside:
             handles.append(module.register_forward_pre_hook(note))
     if not handles:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _autograd, _C, _chain, _core, _ops, functional
+from . import _C, _autograd, _chain, _core, _ops, functional
 from ._core import Entry, Geometry
 
 _entries: dict = {}
@@ -18,7 +18,12 @@ _STATISTICS = {torch.float64: torch.float64}
 class FusedEntry(Entry):
     """A plan for convolution and chain, with what its training form keeps."""
 
-    __slots__ = ("has_ops", "operand_dtype", "output_dtype", "statistics", "save")
+    __slots__ = ("has_ops", "operand_dtype", "output_dtype", "save", "statistics")
+    has_ops: bool
+    operand_dtype: Optional[torch.dtype]
+    output_dtype: torch.dtype
+    save: bool
+    statistics: int
 
 
 def _signature(operands: Sequence[Tensor]) -> tuple:
@@ -53,8 +58,8 @@ def _check_operands(name: str, chain: str, operands: Sequence[Tensor], like: Ten
     for word, t in pairs:
         if t.device != like.device:
             raise RuntimeError(
-                f"{name}(): expected all tensors to be on the same device, but input is on {like.device} and an operand "
-                f"of {word.name} is on {t.device}"
+                f"{name}(): expected all tensors to be on the same device, but input is on {like.device} and an "
+                f"operand of {word.name} is on {t.device}"
             )
         if t.dtype not in _core.DTYPE_CODES:
             raise NotImplementedError(f"{name}(): operand of {word.name} has dtype {t.dtype}, which is not supported")
@@ -196,7 +201,7 @@ _pointwise_entries: dict = {}
 def _pointwise_plan(
     direction: int, x: Tensor, rank: int, layout: int, chain: str, operand_dtype: Any, output_dtype: Any
 ) -> Any:
-    """The chain alone, on a tensor of the result's shape: a convolution with one tap and stride 1 as far as sizes go."""
+    """The chain alone, on a tensor of the result's shape: as far as sizes go, a convolution of one tap, stride 1."""
     ones, zeros = (1,) * rank, (0,) * rank
     geom = Geometry(rank, ones, zeros, zeros, 1, ones, _core.FP32)
     key = (direction, x.shape, x.dtype, x.device, layout, chain, operand_dtype, output_dtype)
@@ -455,9 +460,7 @@ def _apply_pre(x: Tensor, chain: str, rank: int) -> Tensor:
     threads = 0 if x.is_cuda else torch.get_num_threads()
     scratch = None if workspace is None else workspace.data_ptr()
     unused = (None,) * 3
-    _C.run(
-        plan, _core._stream(x), threads, x.data_ptr(), *unused, y.data_ptr(), None, *unused, scratch, None, None
-    )
+    _C.run(plan, _core._stream(x), threads, x.data_ptr(), *unused, y.data_ptr(), None, *unused, scratch, None, None)
     return y
 
 
@@ -467,7 +470,7 @@ def _apply_pre_fake(x: Tensor, chain: str, rank: int) -> Tensor:
 
 
 def _training_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
-    x, w, bias, operands, chain = inputs[:5]
+    x, w, _, operands, chain = inputs[:5]
     _, raw, mean, rstd = output
     ctx.chain, ctx.geom = chain, _ops._geometry(w.dim() - 2, inputs[5:])
     ctx.count = len(operands)

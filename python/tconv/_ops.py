@@ -1,11 +1,11 @@
 """The operators as PyTorch's dispatcher knows them: ``torch.ops.tconv.*``.
 
-Used wherever PyTorch has to see an operator rather than a Python call: torch.compile, torch.export, fake tensors, modes.
-Eager calls do not come here (``functional`` and ``_autograd`` reach the core directly). Needs PyTorch 2.4.
+Used wherever PyTorch has to see an operator rather than a Python call: torch.compile, torch.export, fake tensors,
+modes. Eager calls do not come here (``functional`` and ``_autograd`` reach the core directly). Needs PyTorch 2.4.
 
-``int groups`` stands before the lists, because DTensor's sharding cache looks at arguments only from the first plain int
-on. ``precision`` -1 follows PyTorch's flags when the operator runs, so a compiled graph needs no recompilation when they
-change.
+``int groups`` stands before the lists, because DTensor's sharding cache looks at arguments only from the first plain
+int on. ``precision`` -1 follows PyTorch's flags when the operator runs, so a compiled graph needs no recompilation when
+they change.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def _arguments(geom: Geometry) -> Tuple[Any, ...]:
 
 def _unavailable() -> NoReturn:
     raise RuntimeError(
-        f"tconv under torch.compile, torch.export, fake tensors and tensor subclasses needs PyTorch 2.4 or newer; this is "
-        f"{torch.__version__}. Eager calls work."
+        f"tconv under torch.compile, torch.export, fake tensors and tensor subclasses needs PyTorch 2.4 or newer; this "
+        f"is {torch.__version__}. Eager calls work."
     )
 
 
@@ -113,7 +113,7 @@ def _bias_gradient(g: Tensor, rank: int) -> Tensor:
 
 
 def _conv_transpose_context(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
-    x, w, bias = inputs[:3]
+    x, w = inputs[:2]
     rank = w.dim() - 2
     ctx.geom = _geometry(rank, inputs[3:])
     needs_x, needs_w = ctx.needs_input_grad[:2]
@@ -211,7 +211,7 @@ def _grad_weight_vmap(info: Any, in_dims: Tuple[Any, ...], *args: Any) -> Any:
     )
 
 
-# --- Floating-point operations, as torch.utils.flop_counter counts a convolution: every tap of every input -------------
+# --- Floating-point operations, as torch.utils.flop_counter counts a convolution: every tap of every input ------------
 
 
 def _flops(x_shape: Sequence[int], w_shape: Sequence[int]) -> int:
@@ -299,7 +299,11 @@ def _register_flops(name: str, formula: Any) -> None:
         from torch.utils.flop_counter import register_flop_formula
     except ImportError:
         return
-    register_flop_formula(getattr(torch.ops.tconv, name))(lambda *args, out_shape=None, **kw: formula(*args, **kw))
+
+    def without_output(*args: Any, out_shape: Any = None, **keywords: Any) -> int:
+        return formula(*args, **keywords)
+
+    register_flop_formula(getattr(torch.ops.tconv, name))(without_output)
 
 
 if available:

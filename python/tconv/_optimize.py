@@ -1,7 +1,7 @@
 """``tconv.optimize``: a model's transposed convolutions swapped and fused in place, with a report of every decision.
 
-Parameters, state_dict keys, hooks, parametrizations and the training flag stay. What a fused layer absorbs remains in the
-model under its own name, with its own parameters, as a module that passes its input through.
+Parameters, state_dict keys, hooks, parametrizations and the training flag stay. What a fused layer absorbs remains in
+the model under its own name, with its own parameters, as a module that passes its input through.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Report:
 
 
 class Absorbed:
-    """A module whose work a fused layer before or after it does. Its parameters are in use; its forward passes through."""
+    """A module whose work a fused layer does. Its parameters are in use; its forward passes its input through."""
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         return input
@@ -107,15 +107,15 @@ class _FusedLayer:
 
 
 class FusedConvTranspose1d(_FusedLayer, tnn.ConvTranspose1d):
-    __doc__ = _FusedLayer.__doc__
+    """``ConvTranspose1d`` and its neighbours; see :func:`optimize`."""
 
 
 class FusedConvTranspose2d(_FusedLayer, tnn.ConvTranspose2d):
-    __doc__ = _FusedLayer.__doc__
+    """``ConvTranspose2d`` and its neighbours; see :func:`optimize`."""
 
 
 class FusedConvTranspose3d(_FusedLayer, tnn.ConvTranspose3d):
-    __doc__ = _FusedLayer.__doc__
+    """``ConvTranspose3d`` and its neighbours; see :func:`optimize`."""
 
 
 _SWAPS: Dict[type, type] = {
@@ -270,7 +270,7 @@ class _Optimizer:
         return taken
 
     def lead(self, conv: Any, candidates: Sequence[nn.Module]) -> List[nn.Module]:
-        """The run of modules right before the layer that it can apply while it reads. `candidates` end with the nearest."""
+        """The modules right before the layer that it can apply while it reads. The last candidate is the nearest."""
         taken: List[nn.Module] = []
         for at in range(len(candidates) - 1, -1, -1):
             module = candidates[at]

@@ -184,9 +184,7 @@ def rewrite(module: GraphModule) -> int:
             node.target = _CALLS[node.target]
             continue
         with graph.inserting_before(last):
-            call = graph.call_function(
-                fused_call, (*(bound[name] for name in _SIGNATURE), operands, " ".join(words))
-            )
+            call = graph.call_function(fused_call, (*(bound[name] for name in _SIGNATURE), operands, " ".join(words)))
         call.meta = dict(last.meta)
         last.replace_all_uses_with(call)
         while last is not node:

@@ -125,9 +125,9 @@ def _traced(
     return _ops.conv_transpose(input, weight, bias, geom)
 
 
-_DOC = """conv_transpose{n}d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, precision=None) -> Tensor
+_DOC = """Transposed convolution over {n} dimension{s}.
 
-    Transposed convolution over {n} dimension{s}; :func:`torch.nn.functional.conv_transpose{n}d` in every argument.
+    :func:`torch.nn.functional.conv_transpose{n}d` in every argument, and ``precision``.
 
     .. math::
         y[b, c_o, o] = \\text{{bias}}[c_o] + \\sum_{{c_i, i, t:\\ o = s i + d t - p}} x[b, c_i, i]\\, w[c_i, c_o, t]

@@ -13,18 +13,18 @@ from . import functional as F
 from ._chain import Answer, Described, rule
 
 __all__ = [
-    "ConvTranspose1d",
-    "ConvTranspose2d",
-    "ConvTranspose3d",
-    "LazyConvTranspose1d",
-    "LazyConvTranspose2d",
-    "LazyConvTranspose3d",
-    "Fused",
     "Add",
     "AddChannel",
     "AddConstant",
     "ChannelLayerNorm",
     "Clamp",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Fused",
+    "LazyConvTranspose1d",
+    "LazyConvTranspose2d",
+    "LazyConvTranspose3d",
     "Multiply",
     "Scale",
     "ScaleChannel",
@@ -38,6 +38,8 @@ class _TransposedConvolution:
     precision: Optional[str] = None
 
     _tconv_function: Callable[..., Tensor]
+    weight: Any
+    bias: Any
 
     def forward(self: Any, input: Tensor, output_size: Optional[List[int]] = None) -> Tensor:
         """The layer applied to ``input``; ``output_size`` picks one of the sizes that a stride leaves open."""
@@ -65,40 +67,78 @@ class _TransposedConvolution:
         )
 
 
+_DOC = """A transposed convolution layer over {n} dimension{s}: :class:`torch.nn.ConvTranspose{n}d` in every respect.
+
+    .. math::
+        y[b, c_o, o] = \\text{{bias}}[c_o] + \\sum_{{c_i, i, t:\\ o = s i + d t - p}} x[b, c_i, i]\\, w[c_i, c_o, t]
+
+    Same constructor, initialisation, state_dict, ``repr`` and ``output_size`` argument. The attribute ``precision``
+    (``None``, ``"fp32"`` or ``"tf32"``) overrides PyTorch's flags for fp32 tensors on CUDA.
+
+    Shape:
+        - input: :math:`(N, C_{{in}}, {i})` or :math:`(C_{{in}}, {i})`
+        - output: :math:`(N, C_{{out}}, {o})` with
+          :math:`o = (i - 1) s - 2 p + d (k - 1) + \\text{{output\\_padding}} + 1` per dimension
+
+    Raises:
+        ValueError: ``groups`` does not divide the channels, another padding mode than zeros, an impossible
+            ``output_size``.
+        RuntimeError: inputs that do not fit; see :func:`tconv.conv_transpose{n}d`.
+
+    Example::
+
+        >>> import torch, tconv
+        >>> layer = tconv.nn.ConvTranspose{n}d(8, 4, 4, stride=2, padding=1)
+        >>> layer(torch.randn({x})).shape
+        torch.Size({y})
+    """
+
+
+def _doc(rank: int) -> str:
+    return _DOC.format(
+        n=rank,
+        s="" if rank == 1 else "s",
+        i=("L", "H, W", "D, H, W")[rank - 1],
+        o=("L'", "H', W'", "D', H', W'")[rank - 1],
+        x=", ".join(map(str, (2, 8) + (5,) * rank)),
+        y=[2, 4] + [10] * rank,
+    )
+
+
 class ConvTranspose1d(_TransposedConvolution, torch.nn.ConvTranspose1d):
-    __doc__ = torch.nn.ConvTranspose1d.__doc__
+    __doc__ = _doc(1)
     _tconv_function = staticmethod(F.conv_transpose1d)
 
 
 class ConvTranspose2d(_TransposedConvolution, torch.nn.ConvTranspose2d):
-    __doc__ = torch.nn.ConvTranspose2d.__doc__
+    __doc__ = _doc(2)
     _tconv_function = staticmethod(F.conv_transpose2d)
 
 
 class ConvTranspose3d(_TransposedConvolution, torch.nn.ConvTranspose3d):
-    __doc__ = torch.nn.ConvTranspose3d.__doc__
+    __doc__ = _doc(3)
     _tconv_function = staticmethod(F.conv_transpose3d)
 
 
 class LazyConvTranspose1d(_TransposedConvolution, torch.nn.LazyConvTranspose1d):
-    __doc__ = torch.nn.LazyConvTranspose1d.__doc__
+    __doc__ = """A :class:`ConvTranspose1d` that takes ``in_channels`` from its first input."""
     cls_to_become = ConvTranspose1d  # type: ignore[assignment]
     _tconv_function = staticmethod(F.conv_transpose1d)
 
 
 class LazyConvTranspose2d(_TransposedConvolution, torch.nn.LazyConvTranspose2d):
-    __doc__ = torch.nn.LazyConvTranspose2d.__doc__
+    __doc__ = """A :class:`ConvTranspose2d` that takes ``in_channels`` from its first input."""
     cls_to_become = ConvTranspose2d  # type: ignore[assignment]
     _tconv_function = staticmethod(F.conv_transpose2d)
 
 
 class LazyConvTranspose3d(_TransposedConvolution, torch.nn.LazyConvTranspose3d):
-    __doc__ = torch.nn.LazyConvTranspose3d.__doc__
+    __doc__ = """A :class:`ConvTranspose3d` that takes ``in_channels`` from its first input."""
     cls_to_become = ConvTranspose3d  # type: ignore[assignment]
     _tconv_function = staticmethod(F.conv_transpose3d)
 
 
-# --- Operations of a chain that torch.nn has no module for ----------------------------------------------------------------
+# --- Operations of a chain that torch.nn has no module for ------------------------------------------------------------
 
 
 class Scale(torch.nn.Module):
@@ -276,13 +316,13 @@ def _channel_layer_norm(module: ChannelLayerNorm, channels: int) -> Answer:
     return Described(text, _chain.affine_operands, widens=True, norm=True)
 
 
-# --- Fused ------------------------------------------------------------------------------------------------------------------
+# --- Fused ------------------------------------------------------------------------------------------------------------
 
 _MAX_OPERANDS = 16  # kMaxOperands of tconv.h
 
 
 class Recipe:
-    """A checked chain: the words are made once (they are Python formatting, which torch.compile cannot trace)."""
+    """A checked chain. The words are made once: they are Python formatting, which torch.compile cannot trace."""
 
     def __init__(self, conv: Any, pre: Sequence[torch.nn.Module], ops: Sequence[torch.nn.Module]) -> None:
         self.pre = ""
@@ -309,8 +349,8 @@ class Assembled(NamedTuple):
 def assemble(conv: Any, recipe: Recipe, ops: Sequence[Any], input: Tensor, extra: Sequence[Tensor]) -> Assembled:
     """The longest part of a chain that one plan can do now.
 
-    What may not fit at a call although it is of the grammar: BatchNorm in training mode (PyTorch's batch_norm then runs,
-    and everything after it), and a residual of another dtype or shape.
+    What may not fit at a call although the grammar allows it: BatchNorm in training mode (PyTorch's batch_norm then
+    runs, and everything after it), and a residual of another dtype or shape.
     """
     rank = len(conv.kernel_size)
     device_type = input.device.type
@@ -398,21 +438,22 @@ class Fused(torch.nn.Module):
     .. math::
         y = \text{ops}(\text{conv}(\text{pre}(x)))
 
-    Pointwise operations are applied to each value before it is stored; a normalisation gets its statistics from the same
-    pass. Gradients of any order are those of the modules one after the other.
+    Pointwise operations are applied to each value before it is stored; a normalisation gets its statistics from the
+    same pass. Gradients of any order are those of the modules one after the other.
 
     Args:
         layer: a ``ConvTranspose1d``, ``2d`` or ``3d`` of :mod:`torch.nn` or :mod:`tconv.nn`; its parameters are used.
         ops: what follows, in order: pointwise modules, at most one normalisation, pointwise modules. From
             :mod:`torch.nn`: ReLU, LeakyReLU, ELU, GELU, SiLU, Mish, Sigmoid, Tanh, Softplus, Hardswish, Hardsigmoid,
-            Hardtanh, ReLU6, PReLU, GroupNorm, InstanceNorm, BatchNorm. From :mod:`tconv.nn`: Scale, AddConstant, Clamp,
-            ScaleChannel, AddChannel, ChannelLayerNorm, and Add and Multiply, which take an extra argument of the call.
+            Hardtanh, ReLU6, PReLU, GroupNorm, InstanceNorm, BatchNorm. From :mod:`tconv.nn`: Scale, AddConstant,
+            Clamp, ScaleChannel, AddChannel, ChannelLayerNorm, and Add and Multiply, which take an extra argument of the
+            call.
         pre: pointwise modules without parameters that are applied to the input first.
 
     Numbers such as ``eps`` or ``negative_slope`` are read when the block is built; parameters at every call.
 
-    BatchNorm is fused in eval mode. In training mode its statistics are the batch's: then PyTorch's own ``batch_norm`` runs
-    on the fused result of what precedes it, and the rest of the chain after it.
+    BatchNorm is fused in eval mode. In training mode its statistics are the batch's: then PyTorch's own ``batch_norm``
+    runs on the fused result of what precedes it, and the rest of the chain after it.
 
     Shape:
         - input: as for ``layer``; extra arguments: the size of the output, one for each ``Add`` and ``Multiply``
