@@ -1,7 +1,8 @@
 // Every registered CPU kernel and config on every problem that it fits, against the reference; where there is a device,
 // the CUDA kernels that plans choose, or all with TCONV_EVERY_CONFIG=1. Problems are reduced to a size that the
 // reference can afford; kernels are specialised on neither batch nor spatial sizes. A failure prints the line that
-// shows it again. SPDX-License-Identifier: Apache-2.0
+// shows it again.
+// SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
 #include <algorithm>

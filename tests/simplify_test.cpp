@@ -1,5 +1,6 @@
 // Each rewrite, and that none of them changes a result: the reference on the stated problem against the reference on
-// the simpler one, over the same memory. SPDX-License-Identifier: Apache-2.0
+// the simpler one, over the same memory.
+// SPDX-License-Identifier: Apache-2.0
 #include "simplify.h"
 
 #include <gtest/gtest.h>

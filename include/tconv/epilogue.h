@@ -2,7 +2,8 @@
 //
 // Grammar   pre* -> convolution -> bias? -> pointwise* -> norm? -> pointwise*
 // String    `pre:leaky_relu(0.1) bias gelu group_norm(8,eps=1e-05,affine) scale(2)`; part of the problem string after
-// `|` SPDX-License-Identifier: Apache-2.0
+// `|`
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>

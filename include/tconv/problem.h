@@ -3,7 +3,8 @@
 // Computes  output[b, co, o] = bias[co] + sum over ci, t with o = s*i + d*t - p of input[b, ci, i] * weight[ci, co, t]
 // Letters   b batch, g group, ci/co channels, i/o input and output position, t tap, s stride, p padding, d dilation
 // Every dimension array is (depth, height, width); a problem of lower rank leaves the leading entries at their
-// defaults, so a kernel written for three dimensions serves all ranks. SPDX-License-Identifier: Apache-2.0
+// defaults, so a kernel written for three dimensions serves all ranks.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <array>
