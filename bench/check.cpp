@@ -396,15 +396,14 @@ std::vector<CheckResult> check(const Problem& stated, const Epilogue& epilogue, 
   Outputs expected = make_outputs(problem, epilogue);
   run_reference(problem, epilogue, in, expected);
 
+  std::vector<CheckResult> results;
   std::string only = options.only;
   if (options.chosen) {
     const Plan plan = make_plan(problem, epilogue, device, options.only, kernels(device.backend));
-    if (!plan.steps.empty()) {
-      const Step& conv = plan.steps[static_cast<std::size_t>(plan.conv_step)];
-      only = std::string(conv.kernel->name) + ":" + to_string(conv.config);
-    }
+    if (plan.steps.empty()) return results;  // an empty result has no kernel
+    const Step& conv = plan.steps[static_cast<std::size_t>(plan.conv_step)];
+    only = std::string(conv.kernel->name) + ":" + to_string(conv.config);
   }
-  std::vector<CheckResult> results;
   const std::string line = to_string(problem, epilogue);
   for (const Kernel* kernel : kernels(device.backend)) {
     for (const Config& config : kernel->configs) {
@@ -417,6 +416,7 @@ std::vector<CheckResult> check(const Problem& stated, const Epilogue& epilogue, 
       } catch (const std::invalid_argument&) {
         continue;  // it refuses, or the machine lacks its instructions
       }
+      if (plan.steps.empty()) return results;
       try {
         for (Step& step : plan.steps) {
           if (step.kernel->prepare != nullptr) step.kernel->prepare(step);

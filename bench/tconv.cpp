@@ -41,7 +41,7 @@ options
   --arch ARCH        compile: sm_80, sm_90a ... Default: that of the device
   --chosen           check, compile: only what the planner chooses, not every kernel and config that fits
   --jobs N           compile: how many at once. Default: all cores
-  --reduce PRODUCTS  check: shrink batch and sizes until a problem has about so many multiply-adds
+  --reduce PRODUCTS  check, compile: shrink batch and sizes until a problem has about so many multiply-adds
   --non-finite       check: with a few infinities and NaNs in the data
   --runs N           time: how many runs. Default: as many as take about a second, at least 5
   --threads N        time: CPU threads. Default: all cores
@@ -288,7 +288,8 @@ int run_compile(const Options& options) {
   std::vector<Compilation> work;
   std::set<std::string> seen;
   for (const std::string& line : options.problems) {
-    const auto [problem, epilogue] = parse_problem_and_epilogue(line);
+    const auto [stated, epilogue] = parse_problem_and_epilogue(line);
+    const Problem problem = options.reduce > 0 ? reduced(stated, options.reduce) : stated;
     std::vector<std::string> names;  // what the plans are restricted to
     if (options.chosen) {
       names.push_back(options.only);
