@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,7 +93,9 @@ def parse(name: str, text: str, seed: str = "") -> Shape:
     for word in found["epilogue"].split():
         op, _, scalars = word.partition("(")
         ops.append((op, tuple(scalars.rstrip(")").split(",")) if scalars else ()))
-    dims = {key: tuple(found[key]) for key in ("input", "kernel", "stride", "padding", "output_padding", "dilation")}
+    dims: dict[str, Any] = {
+        key: tuple(found[key]) for key in ("input", "kernel", "stride", "padding", "output_padding", "dilation")
+    }
     return Shape(
         name=name, rank=found["rank"], batch=found["batch"], groups=found["groups"], in_channels=found["in_channels"],
         out_channels=found["out_channels"], **dims, bias=found["bias"],
