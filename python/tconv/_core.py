@@ -218,6 +218,22 @@ def geometry(
     return result
 
 
+_geometries: dict = {}
+
+
+def known_geometry(
+    rank: int, stride: Any, padding: Any, output_padding: Any, groups: Any, dilation: Any, precision: Optional[str]
+) -> Geometry:
+    """``geometry`` for eager calls: 0.4 us instead of 10 when the arguments were seen before."""
+    key = (_C.geometry_key(rank, stride, padding, output_padding, groups, dilation), precision)
+    found = _geometries.get(key) if key[0] is not None else None
+    if found is None:
+        found = geometry(rank, stride, padding, output_padding, groups, dilation, precision)
+        if key[0] is not None:
+            _remember(_geometries, key, found)
+    return found
+
+
 def precision_code(name: str, precision: Optional[str]) -> int:
     try:
         return PRECISIONS[precision]

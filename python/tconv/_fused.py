@@ -159,7 +159,33 @@ def _prepare_operands(entry: FusedEntry, chain: str, operands: Sequence[Tensor])
 def run(
     entry: FusedEntry, x: Tensor, w: Tensor, bias: Optional[Tensor], operands: Sequence[Tensor], chain: str
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(output, raw, mean, rstd); the last three are empty unless the plan keeps them."""
+    """(output, raw, mean, rstd) of a plan that keeps them; the last three have no elements where there is nothing."""
+    if entry.save:
+        raw = _core.empty(entry.shape, entry.layout, x)
+    else:
+        raw = x.new_empty(0)
+    count = entry.statistics if entry.save else 0
+    dtype = _STATISTICS.get(x.dtype, torch.float32)
+    mean = torch.empty(count, dtype=dtype, device=x.device)
+    rstd = torch.empty(count, dtype=dtype, device=x.device)
+    kept = (
+        raw.data_ptr() if entry.save else None,
+        mean.data_ptr() if count else None,
+        rstd.data_ptr() if count else None,
+    )
+    return run_inference(entry, x, w, bias, operands, chain, kept), raw, mean, rstd
+
+
+def run_inference(
+    entry: FusedEntry,
+    x: Tensor,
+    w: Tensor,
+    bias: Optional[Tensor],
+    operands: Sequence[Tensor],
+    chain: str,
+    kept: Tuple[Optional[int], Optional[int], Optional[int]] = (None, None, None),
+) -> Tensor:
+    """The result alone; `kept` are the addresses of raw, mean and rstd."""
     layout = entry.layout
     x = _core.dense(x, layout)
     w = _core.dense(w, _core.CONTIGUOUS)
@@ -167,13 +193,8 @@ def run(
         bias = _core.dense(bias, _core.CONTIGUOUS)
     prepared = _prepare_operands(entry, chain, operands) if operands else ()
     y = _core.empty(entry.shape, layout, x, entry.output_dtype)
-    raw = _core.empty(entry.shape, layout, x) if entry.save else x.new_empty(0)
-    statistics = _STATISTICS.get(x.dtype, torch.float32)
-    count = entry.statistics if entry.save else 0
-    mean = torch.empty(count, dtype=statistics, device=x.device)
-    rstd = torch.empty(count, dtype=statistics, device=x.device)
     if entry.plan is None:
-        return y, raw, mean, rstd
+        return y
     workspace = entry.workspace_for(x)
     _C.run(
         entry.plan,
@@ -185,14 +206,12 @@ def run(
         None,
         y.data_ptr(),
         None,
-        raw.data_ptr() if entry.save else None,
-        mean.data_ptr() if count else None,
-        rstd.data_ptr() if count else None,
+        *kept,
         None if workspace is None else workspace.data_ptr(),
         tuple([t.data_ptr() for t in prepared]) if prepared else None,
         None,
     )
-    return y, raw, mean, rstd
+    return y
 
 
 _pointwise_entries: dict = {}
@@ -374,7 +393,7 @@ def composed(
 
 def _fused(x: Tensor, w: Tensor, bias: Optional[Tensor], operands: Sequence[Tensor], chain: str, *rest: Any) -> Tensor:
     geom = _ops._geometry(w.dim() - 2, rest)
-    return run(entry_for(geom, x, w, bias, operands, chain, False), x, w, bias, operands, chain)[0]
+    return run_inference(entry_for(geom, x, w, bias, operands, chain, False), x, w, bias, operands, chain)
 
 
 def _fused_training(
@@ -550,7 +569,7 @@ def call(
         if functional.plain(*every):
             if needs_grad:
                 return FusedConvTranspose.apply(x, w, bias, chain, geom, *operands)
-            return run(entry_for(geom, x, w, bias, operands, chain, False), x, w, bias, operands, chain)[0]
+            return run_inference(entry_for(geom, x, w, bias, operands, chain, False), x, w, bias, operands, chain)
     if not _ops.available:
         _ops._unavailable()
     arguments = (x, w, bias, list(operands), chain, *_ops._arguments(geom))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _core, _ops
-from ._autograd import ConvTranspose
+from ._autograd import ConvTranspose, EagerConvTranspose
 from ._core import Geometry, IntOrInts
 
 __all__ = ["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
@@ -94,7 +94,7 @@ def _conv_transpose(
             torch.is_grad_enabled()
             and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
         ) or _forward_level._current_level >= 0:
-            return ConvTranspose.apply(input, weight, bias, entry)
+            return EagerConvTranspose.apply(input, weight, bias, entry)
         return _core.run_forward(entry, input, weight, bias)
     return _traced(rank, input, weight, bias, stride, padding, output_padding, groups, dilation, precision)
 

@@ -383,7 +383,7 @@ def assemble(conv: Any, recipe: Recipe, ops: Sequence[Any], input: Tensor, extra
     weight, bias = conv.weight, conv.bias
     if work is not None:
         weight, bias = F._cast(weight, work), F._cast(bias, work)
-    geom = _core.geometry(
+    geom = (_core.geometry if F._is_compiling() else _core.known_geometry)(
         rank,
         conv.stride,
         conv.padding,
