@@ -51,7 +51,7 @@ struct Geometry {
   std::vector<PhaseTap> taps[3];
   std::vector<int64_t> shifts[3];  // distinct, ascending
   int64_t phases[3], result_step[3], source_step[3];
-  int64_t queue = 1;
+  int64_t queue = 1, slice_weights = 1;
   std::vector<int64_t> rows;  // distinct source rows of a thread, relative to its first lattice row
   double reads = 0, products = 0, sums = 0;  // per thread
   Dims source_size, result_size;
@@ -126,6 +126,7 @@ Geometry geometry(const Problem& problem, const Config& config) {
                                                  [&](const PhaseTap& tap) { return tap.shift == shift; }));
   }
   const int64_t weights = most * problem.kernel[1] * problem.kernel[2] * g.result_channels;
+  g.slice_weights = weights;
   const int64_t most_weights = problem.dtype == DType::f64 ? kMaxWeights / 2 : kMaxWeights;
   if (weights > most_weights) {
     return refuse(std::to_string(weights) + " weights at once, at most " + std::to_string(most_weights));
@@ -261,6 +262,7 @@ std::vector<Unit> units(const Step& step) {
   number("kResultChannels", g.result_channels);
   number("kSourceChannels", g.source_channels);
   number("kTaps", volume(problem.kernel));
+  number("kSliceWeights", g.slice_weights * (problem.dtype == DType::f64 ? 2 : 1));
   number("kSums", g.result_channels * g.queue * g.phases[0] * g.phases[1] * g.phases[2]);
   table("kPhases", {g.phases[0], g.phases[1], g.phases[2]});
   table("kResultStep", {g.result_step[0], g.result_step[1], g.result_step[2]});

@@ -16,7 +16,7 @@
 #include "epilogue.cuh"
 
 // From depthwise.cpp: QUEUE kThreads kChannelTile (1: contiguous) kResultChannels kSourceChannels kTaps kPhases[3]
-// kResultStep[3] kSourceStep[3] kSlotTap[] and add_taps.
+// kResultStep[3] kSourceStep[3] kSums kSliceWeights kSlotTap[] and add_taps.
 
 struct Arguments {
   const void* source;
@@ -31,6 +31,9 @@ struct Arguments {
 };
 
 constexpr int kWarps = kThreads / 32;
+// Registers for the sums, a slice's weights and a row of elements. Without a number of blocks the compiler aims at more
+// and spills.
+constexpr int kMinBlocks = kSums * static_cast<int>(sizeof(accum_t) / 4) + kSliceWeights > 64 ? 3 : 4;
 
 struct Buffer {
   accum_t value[32 * kPhases[2]];
@@ -38,7 +41,7 @@ struct Buffer {
   int rows[32], columns[32];  // how many rows and columns from there exist
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads) depthwise(const Arguments a, const Operands operands) {
+extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) depthwise(const Arguments a, const Operands operands) {
   __shared__ __align__(16) accum_t weights[kResultChannels * kSourceChannels * kTaps * kChannelTile];
   __shared__ int unusual;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;

@@ -251,8 +251,9 @@ __device__ __forceinline__ accum_t before(const Arguments& a, storage_t raw, int
   return tconv_epilogue<accum_t>(x, channel, element, operands);
 }
 
+// At least two blocks of a multiprocessor: without a number the compiler aims at more and spills in long chains.
 #define ENTRY(name) \
-  extern "C" __global__ void __launch_bounds__(kThreads) name(const Arguments a, const Operands operands, const GradOperands grad_operands)
+  extern "C" __global__ void __launch_bounds__(kThreads, 2) name(const Arguments a, const Operands operands, const GradOperands grad_operands)
 
 #ifdef TCONV_ENTRY_finish_row_moments
 // Mean and M2 of every piece of a row; how many elements it has is known to whoever merges.

@@ -34,7 +34,11 @@ constexpr int kTilesN = TCONV_CO ? (TCONV_CO + TILE_N - 1) / TILE_N : 1;
 constexpr int kTilesT = (TCONV_K2 + TILE_T - 1) / TILE_T;
 
 #ifdef TCONV_ENTRY_gather_grad_weight
-extern "C" __global__ void __launch_bounds__(kThreads) gather_grad_weight(const Arguments a) {
+// About 70 registers beside the sums. Without a number of blocks the compiler aims at more and spills.
+constexpr int kSums = TILE_M * TILE_N * TILE_T * static_cast<int>(sizeof(accum_t) / 4);
+constexpr int kMinBlocks = kSums > 64 ? 2 : kSums > 48 ? 3 : kSums > 24 ? 4 : 5;
+
+extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather_grad_weight(const Arguments a) {
   unsigned block = blockIdx.x;
   const int t0 = static_cast<int>(block % kTilesT) * TILE_T;
   block /= kTilesT;

@@ -47,6 +47,13 @@ __device__ __forceinline__ void multiply_tf32(float (&c)[4], const unsigned (&a)
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// The same onto zero, which costs no register moves.
+__device__ __forceinline__ void multiply_tf32_from_zero(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+}
 __device__ __forceinline__ void multiply_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -85,42 +92,48 @@ struct WeightFragments {
   }
 };
 
-// 16 positions times 8 * kNTiles channels over 8 words. `raw` are the staged words, not yet rounded.
+// 16 positions over 8 words, rounded for the tensor core: once per shift, for all products that use it.
+template <int kParts>
+struct LineFragments {
+  unsigned word[kParts][4];
+  __device__ __forceinline__ void set(unsigned w0, unsigned w1, unsigned w2, unsigned w3) {
+    const unsigned raw[4] = {w0, w1, w2, w3};
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#if TCONV_DTYPE_f32
+      word[0][r] = to_tf32(__uint_as_float(raw[r]));
+      if (kParts == 2) word[kParts - 1][r] = to_tf32(__uint_as_float(raw[r]) - __uint_as_float(word[0][r]));
+#else
+      word[0][r] = raw[r];
+#endif
+    }
+  }
+};
+
+// 16 positions times 8 * kNTiles channels over 8 words.
 template <int kNTiles, int kParts>
-__device__ __forceinline__ void multiply_line(float (&c)[kNTiles][4], const unsigned (&raw)[4],
+__device__ __forceinline__ void multiply_line(float (&c)[kNTiles][4], const LineFragments<kParts>& line,
                                               const WeightFragments<kNTiles, kParts>& weights) {
-#if TCONV_DTYPE_f16 || TCONV_DTYPE_bf16
 #pragma unroll
   for (int ni = 0; ni < kNTiles; ++ni) {
+    const unsigned b0 = weights.word[0][2 * ni], b1 = weights.word[0][2 * ni + 1];
 #if TCONV_DTYPE_f16
-    multiply_f16(c[ni], raw, weights.word[0][2 * ni], weights.word[0][2 * ni + 1]);
+    multiply_f16(c[ni], line.word[0], b0, b1);
+#elif TCONV_DTYPE_bf16
+    multiply_bf16(c[ni], line.word[0], b0, b1);
 #else
-    multiply_bf16(c[ni], raw, weights.word[0][2 * ni], weights.word[0][2 * ni + 1]);
-#endif
-  }
-#else
-  unsigned big[4];
-#pragma unroll
-  for (int r = 0; r < 4; ++r) big[r] = to_tf32(__uint_as_float(raw[r]));
-  if (kParts == 1) {
-#pragma unroll
-    for (int ni = 0; ni < kNTiles; ++ni)
-      multiply_tf32(c[ni], big, weights.word[0][2 * ni], weights.word[0][2 * ni + 1]);
-  } else {
-    // fp32 accuracy: x = big + small on both sides, the product small * small is below 2^-22. The tensor core truncates
-    // when it adds to a large sum, so each group of 8 words is summed from zero and added in fp32.
-    unsigned small[4];
-#pragma unroll
-    for (int r = 0; r < 4; ++r) small[r] = to_tf32(__uint_as_float(raw[r]) - __uint_as_float(big[r]));
-#pragma unroll
-    for (int ni = 0; ni < kNTiles; ++ni) {
-      float sum[4] = {0.f, 0.f, 0.f, 0.f};
-      multiply_tf32(sum, small, weights.word[0][2 * ni], weights.word[0][2 * ni + 1]);
-      multiply_tf32(sum, big, weights.word[kParts - 1][2 * ni], weights.word[kParts - 1][2 * ni + 1]);
-      multiply_tf32(sum, big, weights.word[0][2 * ni], weights.word[0][2 * ni + 1]);
+    if (kParts == 1) {
+      multiply_tf32(c[ni], line.word[0], b0, b1);
+    } else {
+      // fp32 accuracy: x = big + small on both sides, the product small * small is below 2^-22. The tensor core truncates
+      // when it adds to a large sum, so each group of 8 words is summed from zero and added in fp32.
+      float sum[4];
+      multiply_tf32_from_zero(sum, line.word[kParts - 1], b0, b1);
+      multiply_tf32(sum, line.word[0], weights.word[kParts - 1][2 * ni], weights.word[kParts - 1][2 * ni + 1]);
+      multiply_tf32(sum, line.word[0], b0, b1);
 #pragma unroll
       for (int r = 0; r < 4; ++r) c[ni][r] += sum[r];
     }
-  }
 #endif
+  }
 }

@@ -1,9 +1,13 @@
 // phase_gemm_pack — weights (ci, co / groups, taps) rearranged into mma.sync column fragments, rounded as they are used.
-// Computes  packed[group][column block][tap][k8][part][pair of tiles][lane][4] (one tile: [lane][2]); zero beyond n and k
+// Computes  packed[group][column block][pass][chunk][(entry, k8, slot)][part][pair of tiles][lane][4] (one tile: [lane][2]);
+//           zero beyond n and k. The bracketed order is PG_ORDER: tap * (steps of a chunk) + step, the order of use
 // Method    one thread a word; 147 kB for 64 x 64 channels x 9 taps, so the time is the launch
 // Reads as  1 locate · 2 load · 5 store
 // SPDX-License-Identifier: Apache-2.0
 #include "mma_sm80.cuh"
+
+__constant__ int pg_order[] = {PG_ORDER};            // one chunk: all passes behind each other
+__constant__ int pg_item_begin[] = {PG_ITEM_BEGIN};  // per pass, in taps
 
 extern "C" __global__ void __launch_bounds__(256) phase_gemm_pack(const storage_t* weight, unsigned* packed,
                                                                   unsigned total) {
@@ -19,10 +23,15 @@ extern "C" __global__ void __launch_bounds__(256) phase_gemm_pack(const storage_
     index /= PG_WN / 4 / kRegisters;
     const int part = index % PG_PARTS;
     index /= PG_PARTS;
-    const int k8 = index % PG_K8;
-    index /= PG_K8;
-    const int tap = index % PG_NUM_TAPS;
-    index /= PG_NUM_TAPS;
+    const int use = index % (PG_NUM_ITEMS * PG_CHUNKS * PG_STEPS);
+    index /= PG_NUM_ITEMS * PG_CHUNKS * PG_STEPS;
+    int pass = 0;
+    while (pg_item_begin[pass + 1] * (PG_CHUNKS * PG_STEPS) <= use) ++pass;
+    const int per_chunk = (pg_item_begin[pass + 1] - pg_item_begin[pass]) * PG_STEPS;
+    const int in_pass = use - pg_item_begin[pass] * (PG_CHUNKS * PG_STEPS);
+    const int chunk = in_pass / per_chunk;
+    const int order = pg_order[pg_item_begin[pass] * PG_STEPS + in_pass % per_chunk];
+    const int tap = order / PG_STEPS, k8 = chunk * PG_STEPS + order % PG_STEPS;
     const int block = index % PG_COLUMN_WARPS;
     const int group = index / PG_COLUMN_WARPS;
     const int n = block * PG_WN + pair * 16 + r / 2 * 8 + lane / 4;

@@ -1,8 +1,11 @@
 // phase_gemm_sm80 — host side: tile geometry, price, specialisation and launch of phase_gemm_sm80.cu.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <map>
+#include <set>
 #include <sstream>
 
 #include "driver.h"
@@ -15,8 +18,8 @@ namespace {
 using std::int64_t;
 
 // block_m lattice positions, block_n result channels, block_k words per chunk, stages of the chunk pipeline (1: the
-// whole reduction fits one chunk), warps, split 1: every phase pair its own block.
-#define SPLITS(m, n, k, s, w) {m, n, k, s, w, 0}, {m, n, k, s, w, 1}
+// whole reduction fits one chunk), warps, split 1: every (depth, height) phase its own block; 2: all of them at once in registers.
+#define SPLITS(m, n, k, s, w) {m, n, k, s, w, 0}, {m, n, k, s, w, 1}, {m, n, k, s, w, 2}
 #define CHUNKS(m, n, w)                                                                                         \
   SPLITS(m, n, 8, 1, w), SPLITS(m, n, 16, 1, w), SPLITS(m, n, 32, 1, w), SPLITS(m, n, 64, 1, w),                 \
       SPLITS(m, n, 8, 3, w), SPLITS(m, n, 16, 2, w), SPLITS(m, n, 16, 3, w), SPLITS(m, n, 32, 2, w)
@@ -31,10 +34,12 @@ constexpr Config kConfigs[] = {
 constexpr int kMaxAccumulators = 128;  // of 255 registers; the rest holds two sets of weight fragments and addresses
 constexpr int kMaxWidthPhases = 8;     // width phases computed together; more are cut into groups of 8
 constexpr int kMaxTaps = 4096;         // tables in constant memory
+constexpr int kMaxOrder = 8192;
 
-struct Pass {
-  int phase[3];                        // depth, height, first width phase
-  std::vector<std::vector<int>> taps;  // per width phase: pairs (packed tap, word offset)
+// One (depth, height) phase and up to kMaxWidthPhases width phases, with the packed taps of each.
+struct Phase {
+  int phase[3];  // depth, height, first width phase
+  std::vector<std::vector<int>> taps;
 };
 
 struct Geometry {
@@ -51,7 +56,9 @@ struct Geometry {
   int positions = 0, pitch = 0;
   int width_phases = 1, slots = 1, num_taps = 1;
   std::vector<int> slot;
-  std::vector<Pass> passes;
+  std::vector<Phase> phases;
+  int64_t phase_shifts = 0, all_shifts = 0;  // shifts of the tile, summed over phases and of all phases together
+  int groups = 1;  // phases whose sums a block holds at once
   int out_pitch = 0, out_words = 0, half = 8;
   std::size_t shared_bytes = 0;
   int threads = 0, registers = 0, blocks_per_multiprocessor = 1;
@@ -127,15 +134,25 @@ Geometry layer_geometry(const Problem& problem) {
   for (int rd = 0; rd < static_cast<int>(phases[0].size()); ++rd)
     for (int rh = 0; rh < static_cast<int>(phases[1].size()); ++rh)
       for (int rw0 = 0; rw0 < width; rw0 += g.width_phases) {
-        Pass pass{{rd, rh, rw0}, {}};
+        Phase pass{{rd, rh, rw0}, {}};
         pass.taps.resize(g.width_phases);
         for (int rw = 0; rw < g.width_phases && rw0 + rw < width; ++rw)
           for (const Tap& td : phases[0][rd])
             for (const Tap& th : phases[1][rh])
               for (const Tap& tw : phases[2][rw0 + rw])
                 pass.taps[rw].push_back(static_cast<int>((td.tap * problem.kernel[1] + th.tap) * problem.kernel[2] + tw.tap));
-        g.passes.push_back(std::move(pass));
+        g.phases.push_back(std::move(pass));
       }
+  std::set<std::array<int, 3>> all;
+  const int kh = static_cast<int>(problem.kernel[1]), kw = static_cast<int>(problem.kernel[2]);
+  for (const Phase& phase : g.phases) {
+    std::set<std::array<int, 3>> shifts;
+    for (const auto& taps : phase.taps)
+      for (int t : taps) shifts.insert({g.offset[0][t / kw / kh], g.offset[1][t / kw % kh], g.offset[2][t % kw]});
+    g.phase_shifts += static_cast<int64_t>(shifts.size());
+    all.insert(shifts.begin(), shifts.end());
+  }
+  g.all_shifts = static_cast<int64_t>(all.size());
   return g;
 }
 
@@ -152,7 +169,9 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   g.warps_n = config.block_n / g.wn;
   g.warps_m = config.warps / g.warps_n;
   g.wm = config.block_m / g.warps_m;
-  const int accumulators = g.wm / 16 * (g.wn / 8) * 4 * g.slots;
+  g.groups = config.split == 2 ? static_cast<int>(g.phases.size()) : 1;
+  if (config.split == 2 && (g.groups == 1 || g.groups * g.slots > 16)) return refuse("not a few phases at once");
+  const int accumulators = g.wm / 16 * (g.wn / 8) * 4 * g.slots * g.groups;
   if (g.wm < 16) return refuse("fewer than 16 positions a warp");
   if (accumulators > kMaxAccumulators) return refuse(std::to_string(accumulators) + " accumulators a thread");
   // A block wider than the channels wastes columns; the next narrower block does the same work with fewer registers.
@@ -162,7 +181,7 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   if ((config.stages == 1) != (g.chunks == 1))
     return refuse(g.chunks == 1 ? "one chunk needs no pipeline" : "several chunks need a pipeline");
   if (config.block_k > 8 && config.block_k / 2 >= words) return refuse("block_k is over twice the channels");
-  if (config.split && g.passes.size() == 1) return refuse("one pass cannot be split");
+  if (config.split && g.phases.size() == 1) return refuse("one pass cannot be split");
   g.n_blocks = static_cast<int>(ceil_div(g.n, config.block_n));
 
   // The tile shape that moves the fewest words: lines of 8 to 256 positions, then rows, then planes.
@@ -208,24 +227,82 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
                         static_cast<std::size_t>(config.warps) * g.out_words);
   if (g.shared_bytes > device.shared_memory_per_block)
     return refuse(std::to_string(g.shared_bytes) + " bytes of shared memory");
-  g.registers = std::min(255, accumulators + 4 * (g.wn / 8) * g.parts + 72);
+  g.registers = std::min(255, accumulators + (4 * (g.wn / 8) + g.wm / 4) * g.parts + 72);
   const int by_registers = std::max(1, 65536 / (g.registers * g.threads));
   const int by_shared =
       std::max<int>(1, static_cast<int>(device.shared_memory_per_multiprocessor / (g.shared_bytes + 1024)));
   g.blocks_per_multiprocessor = std::min({by_registers, by_shared, 2048 / g.threads, 16});
   // 16-bit words with a full pipeline, or 3xTF32, gain nothing from more than that many blocks.
+  if (int64_t{g.num_taps} * (config.block_k / 8) > kMaxOrder) return refuse("too many taps for the order table");
   return g;
+}
+
+// The order of the products: per pass the shifts of the tile that any of its phases reads, per shift the slots it serves.
+struct Tables {
+  std::vector<int> entry_begin{0}, entry_word, entry_mask, item_begin{0}, phase;
+  std::vector<std::vector<int>> item_tap;  // per entry
+};
+
+Tables tables_of(const Problem& problem, const Geometry& g) {
+  Tables tables;
+  const int kh = static_cast<int>(problem.kernel[1]), kw = static_cast<int>(problem.kernel[2]);
+  const int row_words = static_cast<int>(g.columns.base.size()) * g.columns.length;
+  const int rows_h = static_cast<int>(g.rows[1].relative.size());
+  for (std::size_t first = 0; first < g.phases.size(); first += g.groups) {
+    std::map<int, std::map<int, int>> entries;  // word -> slot -> tap; a slot meets a shift at most once
+    for (int group = 0; group < g.groups; ++group) {
+      const Phase& phase = g.phases[first + group];
+      tables.phase.insert(tables.phase.end(), phase.phase, phase.phase + 3);
+      for (int rw = 0; rw < g.width_phases; ++rw)
+        for (int t : phase.taps[rw])
+          entries[(g.rows[0].tap_slot[t / kw / kh] * rows_h + g.rows[1].tap_slot[t / kw % kh]) * row_words +
+                  g.columns.tap_word[t % kw]][group * g.slots + g.slot[rw]] = t;
+    }
+    int items = tables.item_begin.back();
+    for (const auto& [word, slots] : entries) {
+      tables.entry_word.push_back(word);
+      int mask = 0;
+      std::vector<int> taps;
+      for (const auto& [slot, tap] : slots) {
+        mask |= 1 << slot;
+        taps.push_back(tap);
+      }
+      tables.entry_mask.push_back(mask);
+      items += static_cast<int>(taps.size());
+      tables.item_tap.push_back(std::move(taps));
+    }
+    tables.entry_begin.push_back(static_cast<int>(tables.entry_word.size()));
+    tables.item_begin.push_back(items);
+  }
+  if (tables.entry_word.empty()) {
+    tables.entry_word.push_back(0);
+    tables.entry_mask.push_back(0);
+  }
+  return tables;
+}
+
+// tap * steps + step for every fragment of a chunk, in the order of use.
+std::vector<int> order_of(const Tables& tables, int steps) {
+  std::vector<int> order;
+  for (const auto& taps : tables.item_tap)
+    for (int step = 0; step < steps; ++step)
+      for (int tap : taps) order.push_back(tap * steps + step);
+  if (order.empty()) order.push_back(0);
+  return order;
 }
 
 int64_t num_blocks(const Problem& problem, const Config& config, const Geometry& g) {
   return g.tiles[0] * g.tiles[1] * g.tiles[2] * problem.batch * problem.groups * g.n_blocks *
-         (config.split ? static_cast<int64_t>(g.passes.size()) : 1);
+         (config.split == 1 ? static_cast<int64_t>(g.phases.size()) : 1);
 }
 
 std::size_t packed_words(const Problem& problem, const Config& config, const Geometry& g) {
   return static_cast<std::size_t>(problem.groups) * g.n_blocks * g.warps_n * g.num_taps * g.chunks * (config.block_k / 8) *
-         g.parts * g.wn * 8;
+         g.parts * g.wn * 8;  // + one spare fragment, see spare_words
 }
+
+// The kernel reads one fragment past the last before it knows that it was the last.
+std::size_t spare_words(const Geometry& g) { return static_cast<std::size_t>(g.parts) * g.wn * 8; }
 
 Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config) {
   Fit fit;
@@ -258,22 +335,22 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   // Cycles of one multiprocessor. A mma.sync of 1024 word products takes 1 cycle at the wgmma peak and about 1.7 as
   // mma.sync; fragments come at one shared-memory or L1 access of 128 bytes a cycle.
   const double clock = device.tf32_tflops > 0 ? device.tf32_tflops * 1e12 / (2048.0 * 0.82) / device.multiprocessors : 1.5e9;
-  int64_t taps = 0;
-  for (const Pass& pass : g.passes)
-    for (const auto& list : pass.taps) taps += static_cast<int64_t>(list.size());
-  const double passes_in_block = config.split ? 1.0 : static_cast<double>(g.passes.size());
-  const double taps_in_block = config.split ? static_cast<double>(taps) / static_cast<double>(g.passes.size()) : static_cast<double>(taps);
+  const double split = config.split == 1 ? static_cast<double>(g.phases.size()) : 1.0;
+  const double passes_in_block = config.split == 0 ? static_cast<double>(g.phases.size()) : 1.0;
+  const double phases_in_block = config.split == 1 ? 1.0 : static_cast<double>(g.phases.size());
+  const double items = g.num_taps / split;
+  const double entries = static_cast<double>(config.split == 2 ? g.all_shifts : g.phase_shifts) / split;
   const int lines = g.wm / 16, columns = g.wn / 8;
-  const double products = lines * columns * (g.parts == 2 ? 3.0 : 1.0) * 1.7;
-  const double accesses = 4.0 * lines + 2.0 * columns * g.parts;
-  const double issue = (lines * (10.0 * g.parts + columns * (g.parts == 2 ? 7.0 : 1.0)) + 12.0) / 4.0;
+  const double products = items * lines * columns * (g.parts == 2 ? 3.0 : 1.0) * 1.7;
+  const double accesses = entries * 4.0 * lines + items * 2.0 * columns * g.parts;
+  const double issue = (entries * lines * 9.0 * g.parts + items * (lines * columns * (g.parts == 2 ? 7.0 : 1.0) + 8.0)) / 4.0;
   const double step = std::max({products, accesses, issue}) + 0.25 * std::min(products, accesses);
-  const double multiply = config.warps * taps_in_block * g.chunks * (config.block_k / 8) * step;
+  const double multiply = config.warps * g.chunks * (config.block_k / 8) * step;
   const double loads = (g.chunks == 1 ? 1.0 : passes_in_block * g.chunks) * config.block_k * g.positions;
   const double load = loads / 32.0 * (g.per_word == 2 ? 3.0 : problem.layout == Layout::channels_last ? 2.5 : 1.2);
   double math = 0;
   for (const Op& op : epilogue.ops) math += is_norm(op.kind) ? 0 : op.kind == OpKind::gelu || op.kind == OpKind::mish ? 30 : 8;
-  const double results = static_cast<double>(config.block_m) * g.width_phases * passes_in_block * config.block_n;
+  const double results = static_cast<double>(config.block_m) * g.width_phases * phases_in_block * config.block_n;
   const double store = results / 32.0 * (4.0 + math / 4.0) / (g.n_blocks * config.block_n > g.n ? 1.3 : 1.0);
   const double rounds = std::ceil(static_cast<double>(blocks) / device.multiprocessors);
   const double resident = std::min<double>(g.blocks_per_multiprocessor, static_cast<double>(blocks) / device.multiprocessors);
@@ -281,10 +358,10 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   const double latency = warps >= 12 ? 1.0 : 1.0 + (12.0 - warps) / 12.0;
   const double compute = rounds * (multiply + load + store) * latency / clock * 1e6;
   const double traffic = minimum_bytes(problem) / (device.bandwidth_tbs * 1e12 * 0.8) * 1e6;
-  const double cache = static_cast<double>(blocks) * (loads * 4.0 + taps_in_block * g.chunks * config.block_k * config.block_n * 4.0 * g.parts) /
+  const double cache = static_cast<double>(blocks) * (loads * 4.0 + items * g.chunks * config.block_k * config.block_n * 4.0 * g.parts) /
                        (device.bandwidth_tbs * 1e12 * 1.3) * 1e6;
   fit.microseconds = std::max({compute, traffic, cache}) + 0.3 * std::min(compute, traffic) + 6.0;
-  fit.workspace_bytes = packed_words(problem, config, g) * 4;
+  fit.workspace_bytes = (packed_words(problem, config, g) + spare_words(g)) * 4;
   fit.fused_ops = 0;
   for (const Op& op : epilogue.ops) {
     if (is_norm(op.kind)) break;
@@ -307,9 +384,17 @@ std::vector<Unit> units(const Step& step) {
   define("PG_NUM_TAPS", g.num_taps);
   define("PG_WN", g.wn);
   define("PG_PARTS", g.parts);
-  define("PG_K8", g.chunks * (config.block_k / 8));
+  define("PG_CHUNKS", g.chunks);
+  define("PG_STEPS", config.block_k / 8);
   define("PG_COLUMN_WARPS", g.n_blocks * g.warps_n);
+  const Tables tables = tables_of(problem, g);
+  define("PG_NUM_ITEMS", g.num_taps);
+  define("PG_ITEM_BEGIN", list(tables.item_begin));
+  const std::string layer = shape.str();
+  define("PG_ORDER", list(order_of(tables, config.block_k / 8)));
   const std::string pack = shape.str();
+  shape.str("");
+  shape << layer;
   define("PG_SPLIT3", g.parts == 2 ? 1 : 0);
   define("PG_TD", g.tile[0]);
   define("PG_TH", g.tile[1]);
@@ -319,7 +404,6 @@ std::vector<Unit> units(const Step& step) {
   define("PG_WARPS_N", g.warps_n);
   define("PG_NBLOCKS", g.n_blocks);
   define("PG_KC", config.block_k);
-  define("PG_CHUNKS", g.chunks);
   define("PG_STAGES", config.stages);
   define("PG_MIN_BLOCKS", g.blocks_per_multiprocessor);
   define("PG_ASYNC", problem.dtype == DType::f32 ? 1 : 0);
@@ -338,33 +422,20 @@ std::vector<Unit> units(const Step& step) {
   define("PG_OUT_W", g.result_step[2]);
   define("PG_HALF", g.half);
   define("PG_PW", g.width_phases);
-  define("PG_SLOTS", g.slots);
+  define("PG_LIVE", g.slots);
+  define("PG_GROUPS", g.groups);
   define("PG_SLOT", list(g.slot));
-  define("PG_NUM_PASSES", g.passes.size());
-  define("PG_PASS_PER_BLOCK", config.split);
+  define("PG_NUM_PASSES", g.phases.size() / g.groups);
+  define("PG_PASS_PER_BLOCK", config.split == 1 ? 1 : 0);
   define("PG_OUT_PITCH", g.out_pitch);
   define("PG_OUT_WORDS", g.out_words);
   define("PG_ROWS_D", list(g.rows[0].relative));
   define("PG_ROWS_H", list(g.rows[1].relative));
   define("PG_PLANES_W", list(g.columns.base));
-  std::vector<int> taps, begin{0}, phases;
-  const int row_words = static_cast<int>(g.columns.base.size()) * g.columns.length;
-  const int kh = static_cast<int>(problem.kernel[1]), kw = static_cast<int>(problem.kernel[2]);
-  for (const Pass& pass : g.passes) {
-    phases.insert(phases.end(), pass.phase, pass.phase + 3);
-    for (const auto& tap_list : pass.taps) {
-      for (int t : tap_list) {
-        taps.push_back(t);
-        taps.push_back((g.rows[0].tap_slot[t / kw / kh] * static_cast<int>(g.rows[1].relative.size()) +
-                        g.rows[1].tap_slot[t / kw % kh]) * row_words + g.columns.tap_word[t % kw]);
-      }
-      begin.push_back(static_cast<int>(taps.size()) / 2);
-    }
-  }
-  if (taps.empty()) taps = {0, 0};
-  define("PG_TAPS", list(taps));
-  define("PG_TAP_BEGIN", list(begin));
-  define("PG_PASS", list(phases));
+  define("PG_ENTRY_BEGIN", list(tables.entry_begin));
+  define("PG_ENTRY_WORD", list(tables.entry_word));
+  define("PG_ENTRY_MASK", list(tables.entry_mask));
+  define("PG_PASS", list(tables.phase));
   return {{"phase_gemm_sm80.cu", "phase_gemm", shape.str(), g.threads, g.shared_bytes},
           {"phase_gemm_pack.cu", "phase_gemm_pack", pack, 256, 0}};
 }

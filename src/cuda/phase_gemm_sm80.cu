@@ -11,15 +11,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mma_sm80.cuh"
 
-// Tables of the layer, generated in the prelude: PG_TAPS {packed tap, word offset in the tile}, PG_TAP_BEGIN
-// [pass * PG_PW + width phase], PG_PASS {depth phase, height phase, first width phase}.
-__constant__ int pg_taps[] = {PG_TAPS};
-__constant__ int pg_tap_begin[] = {PG_TAP_BEGIN};
-__constant__ int pg_pass[] = {PG_PASS};
+// Tables of the layer, generated in the prelude. A pass covers PG_GROUPS (depth, height) phases and PG_PW width phases; an
+// entry is one shift of the tile and serves the slots (accumulator sets) of its mask.
+__constant__ int pg_entry_begin[] = {PG_ENTRY_BEGIN};  // per pass
+__constant__ int pg_entry_word[] = {PG_ENTRY_WORD};    // word offset in the tile
+__constant__ int pg_entry_mask[] = {PG_ENTRY_MASK};
+__constant__ int pg_item_begin[] = {PG_ITEM_BEGIN};    // per pass: (entry, slot) pairs, the order of the packed weights
+__constant__ int pg_pass[] = {PG_PASS};                // per pass and group: depth, height and first width phase
 __constant__ int pg_rows_d[] = {PG_ROWS_D};
 __constant__ int pg_rows_h[] = {PG_ROWS_H};
 __constant__ int pg_planes_w[] = {PG_PLANES_W};
-// Accumulator slot of a width phase of the pass, or -1 when no tap ever reaches it (its outputs are bias only).
+// Slot of a width phase within its group, or -1 when no tap ever reaches it (its outputs are bias only).
 __device__ constexpr int pg_slot[] = {PG_SLOT};
 
 constexpr int kThreads = 32 * PG_WARPS_M * PG_WARPS_N;
@@ -29,8 +31,9 @@ constexpr int kPitch = PG_PITCH;                       // = 8 mod 32: the 4 x 8 
 constexpr int kMTiles = PG_WM / 16;
 constexpr int kNTiles = PG_WN / 8;
 constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1;  // channels in a staged word
-constexpr int kParts = PG_SPLIT3 ? 2 : 1;                 // fp32 accuracy: weights as big + small
-constexpr int kFragment = PG_WN * 8;                      // packed words of one (tap, k8, part) for a warp's columns
+constexpr int kParts = PG_SPLIT3 ? 2 : 1;                 // fp32 accuracy: both operands as big + small
+constexpr int kSlots = PG_GROUPS * PG_LIVE;
+constexpr int kFragment = PG_WN * 8 * kParts;             // packed words of one (tap, k8) for a warp's columns
 constexpr int kOutPitch = PG_OUT_PITCH;
 
 struct PhaseGemmArgs {
@@ -146,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
       TCONV_CHANNELS_LAST ? a.source + b * source_volume * (PG_K * TCONV_GROUPS) + group * PG_K
                           : a.source + (b * TCONV_GROUPS + group) * PG_K * source_volume;
   const unsigned* weights = a.weights + (long long)((group * PG_NBLOCKS + column_block) * PG_WARPS_N + warp_n) *
-                                            (PG_NUM_TAPS * PG_CHUNKS * (PG_KC / 8) * kParts * kFragment);
+                                            (PG_NUM_ITEMS * PG_CHUNKS * (PG_KC / 8) * kFragment);
 
   // Word offset of the first position of each of the warp's lines of 16.
   int line[kMTiles];
@@ -158,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
                quarter * kPitch + quad;
   }
 
-  float acc[PG_SLOTS][kMTiles][kNTiles][4];
+  float acc[kSlots][kMTiles][kNTiles][4];
   const int num_passes = pass_end - pass_begin;
   const int num_loads = PG_CHUNKS == 1 ? 1 : num_passes * PG_CHUNKS;
 #pragma unroll
@@ -178,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
   int load = 0;
   for (int pass = pass_begin; pass < pass_end; ++pass) {
 #pragma unroll
-    for (int s = 0; s < PG_SLOTS; ++s)
+    for (int s = 0; s < kSlots; ++s)
 #pragma unroll
       for (int mi = 0; mi < kMTiles; ++mi)
 #pragma unroll
@@ -186,6 +189,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
 #pragma unroll
           for (int r = 0; r < 4; ++r) acc[s][mi][ni][r] = 0.f;
 
+    // Fragments lie in the order of their use, so the next ones are always at the next address (behind the last lies one
+    // spare fragment); they travel from L1 or L2 behind the products of the current ones.
+    const unsigned* next_weights = weights + pg_item_begin[pass] * (PG_CHUNKS * (PG_KC / 8) * kFragment);
+    WeightFragments<kNTiles, kParts> current;
+    current.load(next_weights, lane);
     for (int chunk = 0; chunk < PG_CHUNKS; ++chunk) {
       const unsigned* tile = shared;
       if (PG_STAGES > 1) {
@@ -200,36 +208,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
         ++load;
       }
 
-      // 3 multiply
+      // 3 multiply: a line's words are read and rounded once for all slots of the entry.
+      const int entry_end = pg_entry_begin[pass + 1];
+      for (int entry = pg_entry_begin[pass]; entry < entry_end; ++entry) {
+        const unsigned* x = tile + pg_entry_word[entry];
+        const int mask = pg_entry_mask[entry];
 #pragma unroll
-      for (int rw = 0; rw < PG_PW; ++rw) {
-        if (pg_slot[rw] < 0) continue;
-        const int tap_end = pg_tap_begin[pass * PG_PW + rw + 1];
-        int tap = pg_tap_begin[pass * PG_PW + rw];
-        if (tap == tap_end) continue;
-        WeightFragments<kNTiles, kParts> current;
-        const unsigned* next_weights =
-            weights + (pg_taps[2 * tap] * PG_CHUNKS + chunk) * ((PG_KC / 8) * kParts * kFragment);
-        current.load(next_weights, lane);
-        for (; tap < tap_end; ++tap) {
-          const unsigned* x = tile + pg_taps[2 * tap + 1];
+        for (int k8 = 0; k8 < PG_KC / 8; ++k8) {
+          LineFragments<kParts> lines[kMTiles];
 #pragma unroll
-          for (int k8 = 0; k8 < PG_KC / 8; ++k8) {
-            // The next fragments travel from L1 or L2 behind this step's products.
-            WeightFragments<kNTiles, kParts> following = current;
-            if (k8 + 1 < PG_KC / 8) {
-              next_weights += kParts * kFragment;
-              following.load(next_weights, lane);
-            } else if (tap + 1 < tap_end) {
-              next_weights = weights + (pg_taps[2 * tap + 2] * PG_CHUNKS + chunk) * ((PG_KC / 8) * kParts * kFragment);
-              following.load(next_weights, lane);
-            }
+          for (int mi = 0; mi < kMTiles; ++mi) {
+            const unsigned* at = x + line[mi] + k8 * (8 * kPitch);
+            lines[mi].set(at[0], at[PG_HALF], at[4 * kPitch], at[4 * kPitch + PG_HALF]);
+          }
 #pragma unroll
-            for (int mi = 0; mi < kMTiles; ++mi) {
-              const unsigned* at = x + line[mi] + k8 * (8 * kPitch);
-              const unsigned raw[4] = {at[0], at[PG_HALF], at[4 * kPitch], at[4 * kPitch + PG_HALF]};
-              multiply_line<kNTiles>(acc[pg_slot[rw]][mi], raw, current);
-            }
+          for (int s = 0; s < kSlots; ++s) {
+            if (kSlots > 1 && !(mask >> s & 1)) continue;
+            WeightFragments<kNTiles, kParts> following;
+            next_weights += kFragment;
+            following.load(next_weights, lane);
+#pragma unroll
+            for (int mi = 0; mi < kMTiles; ++mi) multiply_line<kNTiles, kParts>(acc[s][mi], lines[mi], current);
             current = following;
           }
         }
@@ -237,7 +236,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
     }
 
     // 4 epilogue and 5 store: through the warp's own stage, so that a store instruction writes whole lines.
-    const int phase_d = pg_pass[3 * pass], phase_h = pg_pass[3 * pass + 1], phase_w = pg_pass[3 * pass + 2];
+#pragma unroll
+    for (int phase_group = 0; phase_group < PG_GROUPS; ++phase_group) {
+    const int* phase = pg_pass + 3 * (pass * PG_GROUPS + phase_group);
+    const int phase_d = phase[0], phase_h = phase[1], phase_w = phase[2];
     const int n_first = (column_block * PG_WARPS_N + warp_n) * PG_WN;
 #if TCONV_CHANNELS_LAST
 #pragma unroll
@@ -247,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
       for (int rw = 0; rw < PG_PW; ++rw) {
 #pragma unroll
         for (int ni = 0; ni < kNTiles; ++ni) {
-          const int s = pg_slot[rw] < 0 ? 0 : pg_slot[rw];
+          const int s = phase_group * PG_LIVE + (pg_slot[rw] < 0 ? 0 : pg_slot[rw]);
           const bool live = pg_slot[rw] >= 0;
           float* to = out_stage + (quad * PG_PW + rw) * kOutPitch + ni * 8 + quarter * 2;
           to[0] = live ? acc[s][mi][ni][0] : 0.f;
@@ -299,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
       for (int rw = 0; rw < PG_PW; ++rw) {
 #pragma unroll
         for (int mi = 0; mi < kMTiles; ++mi) {
-          const int s = pg_slot[rw] < 0 ? 0 : pg_slot[rw];
+          const int s = phase_group * PG_LIVE + (pg_slot[rw] < 0 ? 0 : pg_slot[rw]);
           const bool live = pg_slot[rw] >= 0;
           float* to = out_stage + quarter * 2 * kOutPitch + (mi * 16 + quad) * PG_PW + rw;
           to[0] = live ? acc[s][mi][ni][0] : 0.f;
@@ -355,5 +357,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
       }
     }
 #endif
+    }
   }
 }

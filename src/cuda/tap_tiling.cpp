@@ -1,0 +1,158 @@
+// tap_tiling.cpp — see tap_tiling.h.
+// SPDX-License-Identifier: Apache-2.0
+#include "tap_tiling.h"
+
+#include <algorithm>
+#include <limits>
+#include <sstream>
+
+namespace tconv::cuda {
+namespace {
+
+using std::int64_t;
+
+constexpr int kSegmentLength = 8192;  // positions that a block of channel_sum adds
+
+int64_t segments_of(int64_t positions) { return std::max<int64_t>(1, ceil_div(positions, kSegmentLength)); }
+
+}  // namespace
+
+TapTiling tap_tiling(const Problem& problem, int block_positions, int limit, int multiple, int input_channels,
+                     int grad_channels, const std::function<std::size_t(int)>& shared_bytes, std::size_t shared_limit) {
+  TapTiling g;
+  g.num_taps = static_cast<int>(volume(problem.kernel));
+  // Slices: as many whole trailing dimensions of the kernel as the limit allows, else a part of the width.
+  const int kd = static_cast<int>(problem.kernel[0]), kh = static_cast<int>(problem.kernel[1]),
+            kw = static_cast<int>(problem.kernel[2]);
+  const int fixed = kd * kh * kw <= limit ? 0 : kh * kw <= limit ? 1 : 2;  // leading kernel dimensions that a slice fixes
+  const int width_parts = fixed == 2 ? static_cast<int>(ceil_div(kw, limit)) : 1;
+  const int width_taps = static_cast<int>(ceil_div(kw, width_parts));
+  const int taps = fixed == 0 ? kd * kh * kw : fixed == 1 ? kh * kw : width_taps;
+  g.taps = static_cast<int>(ceil_div(taps, multiple) * multiple);
+  g.slices = fixed == 0 ? 1 : fixed == 1 ? kd : kd * kh * width_parts;
+  std::vector<int> offset[3];
+  for (int dim = 0; dim < 3; ++dim)
+    for (int t = 0; t < problem.kernel[dim]; ++t)
+      offset[dim].push_back(static_cast<int>(problem.dilation[dim] * t - problem.padding[dim]));
+  const std::vector<int> zero{0};
+  const std::vector<int>& staged_d = fixed >= 1 ? zero : offset[0];
+  const std::vector<int>& staged_h = fixed >= 2 ? zero : offset[1];
+
+  double best = std::numeric_limits<double>::max();
+  for (int tw = 8; tw <= block_positions; tw *= 2)
+    for (int th = 1; th * tw <= block_positions; th *= 2) {
+      const int td = block_positions / (tw * th);
+      if (problem.stride[0] * (td - 1) > 4096 || problem.stride[1] * (th - 1) > 4096) continue;
+      const Rows rows_d = rows_of(td, static_cast<int>(problem.stride[0]), staged_d);
+      const Rows rows_h = rows_of(th, static_cast<int>(problem.stride[1]), staged_h);
+      const Columns columns = columns_of(tw, static_cast<int>(problem.stride[2]), offset[2]);
+      const int64_t positions = static_cast<int64_t>(rows_d.relative.size() * rows_h.relative.size() * columns.base.size()) *
+                                columns.length;
+      if (positions > 65536) continue;
+      const int pitch = static_cast<int>(ceil_div(std::max<int64_t>(positions - 4, 0), 32) * 32 + 4);
+      const std::size_t shared = shared_bytes(pitch);
+      if (shared > shared_limit) continue;
+      const int64_t tiles = ceil_div(problem.input[0], td) * ceil_div(problem.input[1], th) * ceil_div(problem.input[2], tw);
+      const double cost = static_cast<double>(tiles) *
+                          (static_cast<double>(input_channels) * block_positions + static_cast<double>(grad_channels) * static_cast<double>(positions)) *
+                          (1.0 + 2.0 / tw);
+      if (cost < best) {
+        best = cost;
+        g.tile[0] = td, g.tile[1] = th, g.tile[2] = tw;
+        g.rows[0] = rows_d, g.rows[1] = rows_h, g.columns = columns;
+        g.grad_positions = static_cast<int>(positions);
+        g.grad_pitch = pitch;
+        g.shared_bytes = shared;
+      }
+    }
+  if (g.tile[2] == 0) return g;
+  for (int dim = 0; dim < 3; ++dim) g.tiles[dim] = ceil_div(problem.input[dim], g.tile[dim]);
+  g.num_tiles = g.tiles[0] * g.tiles[1] * g.tiles[2] * problem.batch;
+
+  const int row_words = static_cast<int>(g.columns.base.size()) * g.columns.length;
+  const int staged_rows = static_cast<int>(g.rows[1].relative.size());
+  for (int slice = 0; slice < g.slices; ++slice) {
+    const int td0 = fixed == 1 ? slice : fixed == 2 ? slice / width_parts / kh : 0;
+    const int th0 = fixed == 2 ? slice / width_parts % kh : 0;
+    const int tw0 = fixed == 2 ? slice % width_parts * width_taps : 0;
+    g.slice_offset.push_back(fixed >= 1 ? offset[0][td0] : 0);
+    g.slice_offset.push_back(fixed >= 2 ? offset[1][th0] : 0);
+    for (int j = 0; j < g.taps; ++j) {
+      int td = td0, th = th0, tw = tw0;
+      bool exists = j < taps;
+      if (exists && fixed == 2) {
+        exists = tw0 + j < kw;
+        if (exists) tw = tw0 + j;
+      } else if (exists) {
+        tw = j % kw;
+        th = j / kw % kh;
+        if (fixed == 0) td = j / kw / kh;
+      }
+      g.slice_tap.push_back(exists ? (td * kh + th) * kw + tw : -1);
+      g.tap_word.push_back((g.rows[0].tap_slot[fixed >= 1 ? 0 : td] * staged_rows + g.rows[1].tap_slot[fixed >= 2 ? 0 : th]) *
+                               row_words + g.columns.tap_word[tw]);
+    }
+  }
+  return g;
+}
+
+std::string tiling_text(const TapTiling& g) {
+  std::ostringstream text;
+  auto define = [&text](const char* name, auto value) { text << "#define " << name << ' ' << value << '\n'; };
+  define("TG_TD", g.tile[0]);
+  define("TG_TH", g.tile[1]);
+  define("TG_TW", g.tile[2]);
+  define("TG_ND", g.rows[0].relative.size());
+  define("TG_NH", g.rows[1].relative.size());
+  define("TG_NPW", g.columns.base.size());
+  define("TG_JW", g.columns.length);
+  define("TG_STEP_D", g.rows[0].step);
+  define("TG_STEP_H", g.rows[1].step);
+  define("TG_GRAD_PITCH", g.grad_pitch);
+  define("TG_ROWS_D", list(g.rows[0].relative));
+  define("TG_ROWS_H", list(g.rows[1].relative));
+  define("TG_PLANES_W", list(g.columns.base));
+  define("TG_SLICE_OFFSET", list(g.slice_offset));
+  define("TG_TAP_WORD", list(g.tap_word));
+  return text.str();
+}
+
+TapArguments tap_arguments(const Problem& problem, const Tensors& tensors, const TapTiling& tiling, int shares) {
+  TapArguments args;
+  const Dims output = output_size(problem);
+  args.input = tensors.input;
+  args.grad_output = tensors.grad_output;
+  args.partial = tensors.workspace;
+  for (int dim = 0; dim < 3; ++dim) {
+    args.input_size[dim] = static_cast<int>(problem.input[dim]);
+    args.grad_size[dim] = static_cast<int>(output[dim]);
+    args.tiles[dim] = static_cast<int>(tiling.tiles[dim]);
+  }
+  args.shares = shares;
+  args.num_tiles = tiling.num_tiles;
+  return args;
+}
+
+std::size_t bias_floats(const Problem& problem) {
+  return static_cast<std::size_t>(problem.out_channels * problem.batch * segments_of(volume(output_size(problem))));
+}
+
+void launch_channel_sum(const Step& step, const Tensors& tensors, float* partial, Stream stream, const Function& sum,
+                        const Function& finish) {
+  const Problem& problem = step.problem;
+  const void* grad_output = tensors.grad_output;
+  void* grad_bias = tensors.grad_bias;
+  int channels = static_cast<int>(problem.out_channels);
+  long long positions = volume(output_size(problem)), length = kSegmentLength;
+  int segments = static_cast<int>(segments_of(positions));
+  int count = static_cast<int>(problem.batch) * segments;
+  const int64_t strips = problem.layout == Layout::channels_last ? ceil_div(channels, 32) : channels;
+  if (count > 0) {
+    void* args[] = {&grad_output, &partial, &channels, &positions, &segments, &length};
+    launch(sum, {static_cast<unsigned>(strips * count)}, stream, args);
+  }
+  void* args[] = {&partial, &grad_bias, &count};
+  launch(finish, {static_cast<unsigned>(channels)}, stream, args);
+}
+
+}  // namespace tconv::cuda

@@ -1,0 +1,50 @@
+// tap_tiling.h — what the tap_gemm_grad_weight kernels share on the host: slices of taps, tiles of positions, arguments,
+// and the bias gradient that goes with the weight gradient.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <functional>
+
+#include "driver.h"
+#include "tile_geometry.h"
+
+namespace tconv::cuda {
+
+// A slice is the set of taps that a block sums; a tile the input positions that it stages at a time.
+struct TapTiling {
+  int num_taps = 1, slices = 1, taps = 1;  // of the kernel; slices; taps of a slice
+  int tile[3] = {0, 0, 0};                 // positions per dimension; 0: no tile fits
+  Rows rows[2];
+  Columns columns;
+  int grad_positions = 0, grad_pitch = 0;  // staged positions of grad_output; = 4 mod 32 words apart per channel
+  std::vector<int> slice_offset, tap_word, slice_tap;
+  std::size_t shared_bytes = 0;
+  std::int64_t tiles[3] = {1, 1, 1}, num_tiles = 0;
+};
+
+// At most `limit` taps a slice, a multiple of `multiple` (repeated taps fill it up); the tile of block_positions that
+// moves the fewest words of input_channels and grad_channels and whose shared_bytes(grad_pitch) stays within the limit.
+TapTiling tap_tiling(const Problem& problem, int block_positions, int limit, int multiple, int input_channels,
+                     int grad_channels, const std::function<std::size_t(int)>& shared_bytes, std::size_t shared_limit);
+
+// The #define lines of a tiling.
+std::string tiling_text(const TapTiling& tiling);
+
+// Kernel parameters of tap_gemm_grad_weight.
+struct TapArguments {
+  const void* input = nullptr;
+  const void* grad_output = nullptr;
+  void* partial = nullptr;
+  int input_size[3] = {}, grad_size[3] = {}, tiles[3] = {};
+  int shares = 1;
+  long long num_tiles = 0;
+};
+TapArguments tap_arguments(const Problem& problem, const Tensors& tensors, const TapTiling& tiling, int shares);
+
+// The bias gradient by channel_sum.cu; partial: bias_floats(problem) floats.
+std::size_t bias_floats(const Problem& problem);
+void launch_channel_sum(const Step& step, const Tensors& tensors, float* partial, Stream stream, const Function& sum,
+                        const Function& finish);
+
+}  // namespace tconv::cuda

@@ -1,0 +1,15 @@
+// wgmma_product.h — device text of one warpgroup product; its operand list depends on the number of columns.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string>
+
+#include "tconv/problem.h"
+
+namespace tconv::cuda {
+
+// `void wgmma_step(float (&sum)[columns / 2], const unsigned (&rows)[4], unsigned long long columns)`: 64 rows from
+// registers times `columns` (a multiple of 8, at most 256) from shared memory, over 32 bytes of k; f32 means TF32.
+std::string product_text(DType dtype, int columns);
+
+}  // namespace tconv::cuda
