@@ -46,8 +46,8 @@ def files() -> list[Path]:
     if listed.returncode == 0 and listed.stdout:
         names = [ROOT / line for line in listed.stdout.splitlines()]
     else:  # an exported tree
-        skipped = {".git", ".venv", "build", "dist", "out", "__pycache__"}
-        names = [p for p in ROOT.rglob("*") if not skipped & set(p.relative_to(ROOT).parts)]
+        skipped = re.compile(r"(^|/)(build|dist|out|__pycache__|\.(?!ci/)\w+)/|\.so$|_build_info\.py$")
+        names = [p for p in ROOT.rglob("*") if not skipped.search(p.relative_to(ROOT).as_posix())]
     return sorted(p for p in names if p.is_file())
 
 
