@@ -113,6 +113,8 @@ def test_every_operation_of_the_core_is_covered() -> None:
 @pytest.mark.parametrize("pre", [False, True])
 @pytest.mark.parametrize("name", new_ops())
 def test_chain_equals_its_modules(name: str, pre: bool, channels_last: bool, device: str) -> None:
+    if device == "cuda" and pre != channels_last:
+        pytest.skip("half of the combinations, because each compiles its kernels")
     fused, unfused, parameters, extra = block(name, device, torch.float64, pre)
     x = torch.rand(2, 4, 5, 6, device=device, dtype=torch.float64).sub_(0.5)
     if channels_last:

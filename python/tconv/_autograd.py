@@ -116,8 +116,8 @@ class ConvTranspose(Function):
 
 
 class EagerConvTranspose(ConvTranspose):
-    """The same outside of functorch's transforms. A ``forward`` that takes the context saves 7 us a call: for a separate
-    ``setup_context`` PyTorch binds the arguments with ``inspect.signature`` every time."""
+    """The same outside of functorch's transforms. A ``forward`` that takes the context saves 7 us a call: for a
+    separate ``setup_context`` PyTorch binds the arguments with ``inspect.signature`` every time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Optional[Tensor], how: Entry) -> Tensor:  # type: ignore[override]
