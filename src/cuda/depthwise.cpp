@@ -22,6 +22,8 @@ constexpr Config kConfigs[] = {{8, 0, 0, 0, kWarps, 0}, {4, 0, 0, 0, kWarps, 0},
 constexpr int64_t kMaxChannels = 4;    // output channels per group
 constexpr int64_t kMaxSums = 32;       // of 255 registers
 constexpr int64_t kMaxWeights = 64;    // of a slice, in registers
+constexpr int64_t kMaxSliceReads = 80;  // elements that a slice reads: the compiler moves them up and spills
+constexpr int64_t kMaxReadsOfMany = 48;  // the same where there are several slices
 constexpr int64_t kMaxWeightBytes = 32 * 1024;  // in shared memory
 constexpr int64_t kMaxProducts = 2048;  // written out: about a second of compilation
 
@@ -141,6 +143,11 @@ Geometry geometry(const Problem& problem, const Config& config) {
   }
   g.rows.assign(rows.begin(), rows.end());
   g.reads = static_cast<double>(g.shifts[0].size() * g.rows.size() * g.shifts[2].size() * static_cast<std::size_t>(g.source_channels));
+  const auto slice_reads = static_cast<int64_t>(g.rows.size() * g.shifts[2].size());
+  const int64_t most_reads = g.shifts[0].size() > 1 ? kMaxReadsOfMany : kMaxSliceReads;
+  if (g.queue > 1 && slice_reads > most_reads) {
+    return refuse(std::to_string(slice_reads) + " elements at once, at most " + std::to_string(most_reads));
+  }
   g.products *= static_cast<double>(g.source_channels);
   g.lattice[1] = ceil_div(g.lattice[1], g.queue);
   const int64_t places = g.lattice[1] * g.lattice[2];
@@ -190,8 +197,11 @@ std::string add_taps(const Problem& problem, const Geometry& g, std::vector<int6
   }
   const int64_t all_taps = volume(problem.kernel);
   for (const int64_t depth : g.shifts[0]) {
-    out += "  {\n    const bool slice = static_cast<unsigned>(z0 + (" + text(depth) + ")) < static_cast<unsigned>(sizes[0]);\n";
-    out += "    const storage_t* const from = source + (" + text(depth) + ") * slice_step;\n";
+    // An opaque copy of y0 and the fence keep reads, row tests and row addresses of other slices, hundreds of registers in
+    // three dimensions, from being moved up here or shared.
+    out += "  {\n    int y = y0;\n    asm volatile(\"\" : \"+r\"(y) : : \"memory\");\n    const bool slice = static_cast<unsigned>(z0 + (" + text(depth) + ")) < static_cast<unsigned>(sizes[0]);\n";
+    out += "    const storage_t* at = source + (" + text(depth) + ") * slice_step + (" + text(g.rows[0]) + ") * row_step;\n";
+    int64_t last_row = g.rows[0];
     // Slots of this slice: [depth tap][height tap][width tap].
     const auto first = static_cast<int64_t>(slot_taps.size());
     std::vector<PhaseTap> depth_taps;
@@ -212,8 +222,9 @@ std::string add_taps(const Problem& problem, const Geometry& g, std::vector<int6
       }
     }
     for (const int64_t row : g.rows) {
-      out += "    {\n      const bool inside = slice && static_cast<unsigned>(y0 + (" + text(row) +
-             ")) < static_cast<unsigned>(sizes[1]);\n      const storage_t* const at = from + (" + text(row) + ") * row_step;\n";
+      out += "    {\n      const bool inside = slice && static_cast<unsigned>(y + (" + text(row) +
+             ")) < static_cast<unsigned>(sizes[1]);\n      at += " + text(row - last_row) + " * row_step;\n";
+      last_row = row;
       for (std::size_t k = 0; k < g.shifts[2].size(); ++k) {
         const std::string use = "inside && column" + text(static_cast<int64_t>(k));
         out += "      {\n        accum_t x = 0;\n        if (" + use + ") x = tconv_pre<accum_t>(widen(at[(" +

@@ -33,7 +33,7 @@ struct Arguments {
 constexpr int kWarps = kThreads / 32;
 // Registers for the sums, a slice's weights and a row of elements. Without a number of blocks the compiler aims at more
 // and spills.
-constexpr int kMinBlocks = kSums * static_cast<int>(sizeof(accum_t) / 4) + kSliceWeights > 32 ? 3 : 4;
+constexpr int kMinBlocks = kSums * static_cast<int>(sizeof(accum_t) / 4) + kSliceWeights > 24 ? 3 : 4;
 
 struct Buffer {
   accum_t value[32 * kPhases[2]];
