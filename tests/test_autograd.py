@@ -203,7 +203,6 @@ def test_autocast(dtype: torch.dtype, device: str) -> None:
         y, exact = ours(x), theirs(x)
         assert y.dtype == exact.dtype == dtype
         assert torch.allclose(y, exact, atol=2e-2, rtol=2e-2)
-        assert ours(x.double()).dtype == theirs(x.double()).dtype if device == "cuda" else True
         y.float().sum().backward()
         exact.float().sum().backward()
     for a, e in zip(ours.parameters(), theirs.parameters()):

@@ -122,6 +122,7 @@ def test_memory_format_is_pytorchs(problem: dict) -> None:
     arguments = problem["arguments"]
     # There PyTorch's CPU leaves oneDNN for a plain loop that returns contiguous 3D results; its CUDA side does not.
     plain_loop = any(op >= s for op, s in zip(arguments["output_padding"], arguments["stride"], strict=True))
+    plain_loop = plain_loop or (problem["shape"][0] == 1 and arguments["groups"] == 1)
     assume(not (problem["rank"] == 3 and plain_loop))
     x, w, b = tensors(problem)
     y = OURS[problem["rank"]](x, w, b, **arguments)
@@ -259,7 +260,7 @@ def test_precision_is_checked_and_harmless_on_the_cpu() -> None:
         tconv.conv_transpose1d(x, w, precision="bf16")
 
 
-@pytest.mark.large(gigabytes=22)
+@pytest.mark.large(gigabytes=14)
 def test_more_than_two_to_the_31_elements() -> None:
     """One row of the batch lies beyond what 32 bits address; bf16 keeps it at 4 GB."""
     batch, length = 3, 2**30

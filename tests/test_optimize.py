@@ -74,15 +74,31 @@ class Attributes(nn.Module):
         return self.twice(self.twice(y))
 
 
+class LayerNorm2d(nn.Module):
+    """As segment-anything writes it."""
+
+    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(num_channels))
+        self.bias = nn.Parameter(torch.rand(num_channels))
+        self.eps = eps
+
+    def forward(self, x):
+        u = x.mean(1, keepdim=True)
+        s = (x - u).pow(2).mean(1, keepdim=True)
+        x = (x - u) / torch.sqrt(s + self.eps)
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
 class SAMDecoder(nn.Module):
-    """Activations shared between two places, as SAM does."""
+    """Activations shared between two places, and a norm of its own, as SAM does."""
 
     def __init__(self) -> None:
         super().__init__()
         activation = nn.GELU()
         self.upscale = nn.Sequential(
             nn.ConvTranspose2d(8, 4, 2, stride=2),
-            tconv.nn.ChannelLayerNorm(4),
+            LayerNorm2d(4),
             activation,
             nn.ConvTranspose2d(4, 2, 2, stride=2),
             activation,
@@ -165,6 +181,7 @@ def test_report_says_what_and_why() -> None:
     assert "ReLU -> ConvTranspose2d" not in text
     report = tconv.optimize(Attributes()).tconv_report
     assert any("InstanceNorm3d -> GELU" in line.text for line in report.of("fused"))
+    assert "ConvTranspose2d -> ChannelLayerNorm -> GELU" in str(tconv.optimize(SAMDecoder()).tconv_report)
     assert any(line.path == "twice" and "exactly once" in line.text for line in report.of("left"))
     assert "no transposed convolution" in str(tconv.optimize(nn.Linear(2, 2)).tconv_report)
 
@@ -226,6 +243,18 @@ def test_what_is_not_exactly_torchs_is_left() -> None:
     assert type(model[0]) is Own and type(model[1]) is nn.ConvTranspose2d
     reasons = " ".join(line.text for line in model.tconv_report.of("left"))
     assert "class of its own" in reasons and "complex64" in reasons
+
+
+def test_a_norm_that_only_has_the_name_is_left() -> None:
+    class LayerNorm2d(nn.LayerNorm):
+        """Normalises the last axis, whatever it is called."""
+
+    model = nn.Sequential(nn.ConvTranspose2d(4, 3, 1), LayerNorm2d(3))
+    x = torch.rand(1, 4, 3, 3)
+    expected = model(x)
+    tconv.optimize(model)
+    assert "LayerNorm2d cannot be fused" in str(model.tconv_report)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_swap_only_and_twice() -> None:

@@ -16,6 +16,7 @@ from . import _batching, _core
 from ._core import Entry, Geometry
 
 _functorch_active = torch._C._are_functorch_transforms_active
+_forward_ad = torch.autograd.forward_ad
 
 
 def _differentiable() -> bool:
@@ -121,10 +122,30 @@ class EagerConvTranspose(ConvTranspose):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Optional[Tensor], how: Entry) -> Tensor:  # type: ignore[override]
-        ConvTranspose.setup_context(ctx, (x, w, bias, how), x)
+        ctx.entry = how
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if needs_w else None, w if needs_x else None)
+        if _forward_ad._current_level >= 0:
+            ctx.save_for_forward(x, w)
         return _core.run_forward(how, x, w, bias)
 
     setup_context = Function.setup_context
+
+    @staticmethod
+    def _describe(ctx: Any) -> None:
+        entry: Entry = ctx.entry
+        ctx.geom, ctx.kernel = entry.geom, entry.w_shape[2:]
+        ctx.x_size = entry.x_shape[-entry.geom.rank :]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        EagerConvTranspose._describe(ctx)
+        return ConvTranspose.backward(ctx, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Optional[Tensor]:
+        EagerConvTranspose._describe(ctx)
+        return ConvTranspose.jvp(ctx, *tangents)
 
 
 class ConvTransposeGradInput(Function):

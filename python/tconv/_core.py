@@ -136,6 +136,13 @@ def empty(shape: Sequence[int], layout: int, like: Tensor, dtype: Optional[torch
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
+def is_dense(x: Tensor, layout: int) -> bool:
+    """Whether the tensor's memory already is in the layout."""
+    if layout == CHANNELS_LAST and x.dim() >= 4:
+        return x.is_contiguous(memory_format=_CHANNELS_LAST_FORMAT[x.dim() - 2])
+    return x.is_contiguous()
+
+
 def dense(x: Tensor, layout: int) -> Tensor:
     """The tensor itself if its memory already is in the layout, otherwise a copy that is."""
     if x.is_neg():
@@ -346,7 +353,7 @@ def check_sizes(geom: Geometry, x_shape: Size, kernel: Size) -> None:
 class Entry:
     """A plan and what has to be known to run it on tensors of these sizes and strides."""
 
-    __slots__ = ("geom", "layout", "plan", "shape", "w_shape", "workspace", "x_shape")
+    __slots__ = ("copies", "cuda", "geom", "layout", "plan", "shape", "w_shape", "workspace", "x_shape")
 
     def __init__(self, plan: Any, geom: Geometry, shape: Size, layout: int, x_shape: Size, w_shape: Size) -> None:
         self.plan = plan  # None: the forward result has no elements (so gradients are zero), or meta tensors
@@ -356,6 +363,8 @@ class Entry:
         self.workspace: int = 0 if plan is None else plan.workspace_bytes
         self.x_shape = x_shape
         self.w_shape = w_shape
+        self.cuda = -1  # the device's index; -1 on the CPU
+        self.copies = True  # whether an operand may have to be copied into the plan's layout first
 
     def workspace_for(self, x: Tensor) -> Optional[Tensor]:
         if self.workspace and x.is_cuda:
@@ -453,7 +462,7 @@ def forward_entry(
             w.stride(),
             w.dtype,
             w.device,
-            None if bias is None else (bias.shape, bias.dtype, bias.device),
+            None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
             precision,
             tf32_allowed() if x.is_cuda and precision is None else None,
         )
@@ -489,23 +498,32 @@ def new_forward_entry(geom: Geometry, x: Tensor, w: Tensor, bias: Optional[Tenso
         "bias" if bias is not None else "",
     )
     shape = (*x_shape[: -rank - 1], out_channels, *geom.output_size(spatial, kernel))
-    return Entry(plan, geom, shape, layout, x_shape, w_shape)
+    entry = Entry(plan, geom, shape, layout, x_shape, w_shape)
+    entry.cuda = x.get_device() if x.is_cuda else -1
+    dense_already = (is_dense(x, layout), is_dense(w, CONTIGUOUS), bias is None or is_dense(bias, CONTIGUOUS))
+    entry.copies = not all(dense_already)
+    return entry
 
 
 def run_forward(entry: Entry, x: Tensor, w: Tensor, bias: Optional[Tensor]) -> Tensor:
     layout = entry.layout
-    x = dense(x, layout)
-    w = dense(w, CONTIGUOUS)
-    if bias is not None:
-        bias = dense(bias, CONTIGUOUS)
+    negative = x.is_neg() or w.is_neg() or (bias is not None and bias.is_neg())
+    if entry.copies or negative:  # strides, and so the need to copy, are part of the entry's key
+        x, w = dense(x, layout), dense(w, CONTIGUOUS)
+        bias = None if bias is None else dense(bias, CONTIGUOUS)
     y = empty(entry.shape, layout, x)
     if entry.plan is None:
         return y
-    workspace = entry.workspace_for(x)
+    cuda = entry.cuda
+    if cuda < 0:
+        stream, threads, workspace = 0, torch.get_num_threads(), None
+    else:
+        stream, threads = _raw_stream(cuda) if _raw_stream is not None else _stream(x), 0
+        workspace = entry.workspace_for(x)
     _C.run(
         entry.plan,
-        _stream(x),
-        0 if x.is_cuda else torch.get_num_threads(),
+        stream,
+        threads,
         x.data_ptr(),
         w.data_ptr(),
         None if bias is None else bias.data_ptr(),

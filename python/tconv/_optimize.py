@@ -185,6 +185,36 @@ def _has_state(module: nn.Module) -> bool:
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
+# Names under which networks define a layer normalisation over the channels of (N, C, ...).
+_CHANNEL_NORMS = {"LayerNorm2d", "LayerNorm3d", "LayerNormNd", "LayerNormChannels", "SamLayerNorm", "ConvNextLayerNorm"}
+
+
+def _as_channel_norm(module: nn.Module, channels: int, rank: int) -> Optional[nn.Module]:
+    """The module as a ChannelLayerNorm over the same parameters, if it computes that; found out by trying it."""
+    if type(module).__name__ not in _CHANNEL_NORMS or isinstance(module, tnn.ChannelLayerNorm):
+        return None
+    state = dict(module.named_parameters())
+    if set(state) != {"weight", "bias"} or any(True for _ in module.buffers()):
+        return None
+    weight, eps = module.weight, getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    if not isinstance(eps, float) or not isinstance(weight, Tensor) or tuple(weight.shape) != (channels,):
+        return None
+    if weight.is_meta or weight.dtype not in (torch.float32, torch.float64):
+        return None
+    same = tnn.ChannelLayerNorm(channels, eps)
+    same.weight, same.bias = module.weight, module.bias  # type: ignore[assignment]
+    same.train(module.training)
+    count = 2 * channels * 3**rank
+    probe = torch.linspace(-1, 1, count, dtype=weight.dtype, device=weight.device).cos().mul(7).sin()
+    probe = probe.reshape(2, channels, *(3,) * rank)
+    try:
+        with torch.no_grad():
+            alike = torch.allclose(module(probe), same(probe), atol=1e-5, rtol=1e-4)
+    except Exception:  # it wants other inputs, then it is something else
+        return None
+    return same if alike else None
+
+
 class _Optimizer:
     def __init__(self, model: nn.Module, fuse: bool) -> None:
         self.model = model
@@ -194,6 +224,9 @@ class _Optimizer:
         for _, module in model.named_modules(remove_duplicate=False):
             self.uses[id(module)] = self.uses.get(id(module), 0) + 1
         self.reasons: Dict[int, str] = {}  # why a chain ended, per convolution
+        self.stand_ins: Dict[
+            int, Tuple[nn.Module, nn.Module]
+        ] = {}  # own norm classes, as tconv's over the same weights
 
     def run(self) -> Report:
         convolutions: List[Tuple[str, nn.Module]] = []
@@ -233,8 +266,13 @@ class _Optimizer:
             return False
         return True
 
-    def word(self, module: nn.Module, channels: int, normed: bool) -> Any:
+    def word(self, module: nn.Module, channels: int, normed: bool, rank: int) -> Any:
         """The module as part of a chain, or the reason against."""
+        if id(module) not in self.stand_ins and self.uses.get(id(module), 1) == 1 and not _hooked(module):
+            stand_in = _as_channel_norm(module, channels, rank)
+            if stand_in is not None:
+                self.stand_ins[id(module)] = (module, stand_in)
+        module = self.stand_ins.get(id(module), (module, module))[1]
         if isinstance(module, Absorbed) or type(module) not in _ABSORBED:
             return f"{type(module).__name__} cannot be fused"
         if isinstance(module, (tnn.Add, tnn.Multiply)):
@@ -256,7 +294,7 @@ class _Optimizer:
         operands = 0
         normed = False
         for module in candidates:
-            answer = self.word(module, conv.out_channels, normed)
+            answer = self.word(module, conv.out_channels, normed, len(conv.kernel_size))
             if isinstance(answer, str):
                 self.reasons.setdefault(id(conv), answer)
                 break
@@ -274,7 +312,7 @@ class _Optimizer:
         taken: List[nn.Module] = []
         for at in range(len(candidates) - 1, -1, -1):
             module = candidates[at]
-            answer = self.word(module, conv.in_channels, True)
+            answer = self.word(module, conv.in_channels, True, len(conv.kernel_size))
             if isinstance(answer, str) or answer.operands is not _chain._no_operands:
                 break
             if getattr(module, "inplace", False):
@@ -291,7 +329,10 @@ class _Optimizer:
         """Each neighbour is (its parent, its name there, the module)."""
 
         def absorb(parent: nn.Module, name: str, module: nn.Module) -> nn.Module:
-            if self.uses.get(id(module), 1) > 1:  # stateless and shared: only this place changes
+            if id(module) in self.stand_ins:
+                module = self.stand_ins[id(module)][1]
+                parent._modules[name] = module
+            elif self.uses.get(id(module), 1) > 1:  # stateless and shared: only this place changes
                 module = copy.copy(module)
                 parent._modules[name] = module
             module.__class__ = _ABSORBED[type(module)]
