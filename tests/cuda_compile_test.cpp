@@ -39,9 +39,9 @@ void find_nvrtc() {
   });
 }
 
-#define NEEDS_NVRTC()                                             \
-  do {                                                            \
-    find_nvrtc();                                                 \
+#define NEEDS_NVRTC()                                                                  \
+  do {                                                                                 \
+    find_nvrtc();                                                                      \
     if (const std::string why = missing_compiler(); !why.empty()) GTEST_SKIP() << why; \
   } while (false)
 
@@ -78,8 +78,8 @@ std::vector<Work> all_units(const Device& device, int turn) {
       for (const Step& step : plan.steps) {
         for (Unit& unit : step.kernel->units(step)) {
           if (!seen.insert(unit.source + '\n' + unit.entry + '\n' + unit.prelude).second) continue;
-          std::string what = unit.entry + " of " + std::string(step.kernel->name) + ":" + to_string(step.config) + " for " +
-                             to_string(step.problem, step.epilogue);
+          std::string what = unit.entry + " of " + std::string(step.kernel->name) + ":" + to_string(step.config) +
+                             " for " + to_string(step.problem, step.epilogue);
           work.push_back({std::move(unit), std::move(what)});
         }
       }
@@ -112,7 +112,10 @@ void compile_all(const Target& target, std::size_t shard) {
       ADD_FAILURE() << item.what << ": " << error.what();
       continue;
     }
-    EXPECT_EQ(code.substr(0, 4), "\x7f" "ELF") << item.what;
+    EXPECT_EQ(code.substr(0, 4),
+              "\x7f"
+              "ELF")
+        << item.what;
     EXPECT_GT(report.registers, 0) << item.what << ": the compiler's report has no entry of this name";
     EXPECT_EQ(report.spill_bytes, 0u) << item.what;
     EXPECT_LE(item.unit.shared_bytes + report.static_shared_bytes, device.shared_memory_per_block) << item.what;
@@ -123,10 +126,22 @@ void compile_all(const Target& target, std::size_t shard) {
   }
 }
 
-TEST_P(Compile, Shard0) { NEEDS_NVRTC(); compile_all(GetParam(), 0); }
-TEST_P(Compile, Shard1) { NEEDS_NVRTC(); compile_all(GetParam(), 1); }
-TEST_P(Compile, Shard2) { NEEDS_NVRTC(); compile_all(GetParam(), 2); }
-TEST_P(Compile, Shard3) { NEEDS_NVRTC(); compile_all(GetParam(), 3); }
+TEST_P(Compile, Shard0) {
+  NEEDS_NVRTC();
+  compile_all(GetParam(), 0);
+}
+TEST_P(Compile, Shard1) {
+  NEEDS_NVRTC();
+  compile_all(GetParam(), 1);
+}
+TEST_P(Compile, Shard2) {
+  NEEDS_NVRTC();
+  compile_all(GetParam(), 2);
+}
+TEST_P(Compile, Shard3) {
+  NEEDS_NVRTC();
+  compile_all(GetParam(), 3);
+}
 INSTANTIATE_TEST_SUITE_P(Targets, Compile, testing::Values(Target{"sm_80", "a100", 0}, Target{"sm_90a", "h200", 1}),
                          [](const auto& info) { return std::string(info.param.arch); });
 
@@ -249,8 +264,8 @@ TEST_F(Cache, CompilesAgainWhatIsDamaged) {
   flipped[file.size() / 2] = static_cast<char>(flipped[file.size() / 2] ^ 1);
   std::string older = file;
   older[7] = '0';
-  for (const std::string& bad : {std::string(), file.substr(0, 20), file.substr(0, file.size() - 1), file + "x", flipped,
-                                 older, std::string(file.size(), 'x')}) {
+  for (const std::string& bad : {std::string(), file.substr(0, 20), file.substr(0, file.size() - 1), file + "x",
+                                 flipped, older, std::string(file.size(), 'x')}) {
     write(path, bad);
     EXPECT_FALSE(compile_again(1, &code));
     EXPECT_TRUE(code == good);

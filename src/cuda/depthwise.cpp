@@ -17,15 +17,16 @@ using std::int64_t;
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 // block_m: lattice rows of a thread.
-constexpr Config kConfigs[] = {{8, 0, 0, 0, kWarps, 0}, {4, 0, 0, 0, kWarps, 0}, {2, 0, 0, 0, kWarps, 0}, {1, 0, 0, 0, kWarps, 0}};
+constexpr Config kConfigs[] = {
+    {8, 0, 0, 0, kWarps, 0}, {4, 0, 0, 0, kWarps, 0}, {2, 0, 0, 0, kWarps, 0}, {1, 0, 0, 0, kWarps, 0}};
 
-constexpr int64_t kMaxChannels = 4;    // output channels per group
-constexpr int64_t kMaxSums = 32;       // of 255 registers
-constexpr int64_t kMaxWeights = 64;    // of a slice, in registers
-constexpr int64_t kMaxSliceReads = 80;  // elements that a slice reads: the compiler moves them up and spills
-constexpr int64_t kMaxReadsOfMany = 48;  // the same where there are several slices
+constexpr int64_t kMaxChannels = 4;             // output channels per group
+constexpr int64_t kMaxSums = 32;                // of 255 registers
+constexpr int64_t kMaxWeights = 64;             // of a slice, in registers
+constexpr int64_t kMaxSliceReads = 80;          // elements that a slice reads: the compiler moves them up and spills
+constexpr int64_t kMaxReadsOfMany = 48;         // the same where there are several slices
 constexpr int64_t kMaxWeightBytes = 32 * 1024;  // in shared memory
-constexpr int64_t kMaxProducts = 2048;  // written out: about a second of compilation
+constexpr int64_t kMaxProducts = 2048;          // written out: about a second of compilation
 
 // As in depthwise.cu.
 struct Arguments {
@@ -54,7 +55,7 @@ struct Geometry {
   std::vector<int64_t> shifts[3];  // distinct, ascending
   int64_t phases[3], result_step[3], source_step[3];
   int64_t queue = 1, slice_weights = 1;
-  std::vector<int64_t> rows;  // distinct source rows of a thread, relative to its first lattice row
+  std::vector<int64_t> rows;                 // distinct source rows of a thread, relative to its first lattice row
   double reads = 0, products = 0, sums = 0;  // per thread
   Dims source_size, result_size;
   int64_t lattice[3];
@@ -72,7 +73,8 @@ Geometry geometry(const Problem& problem, const Config& config) {
     return refuse("direction " + std::string(to_string(problem.direction)));
   }
   if (problem.groups == 0 || problem.groups != problem.in_channels) {
-    return refuse("groups " + std::to_string(problem.groups) + " is not in_channels " + std::to_string(problem.in_channels));
+    return refuse("groups " + std::to_string(problem.groups) + " is not in_channels " +
+                  std::to_string(problem.in_channels));
   }
   const int64_t multiplier = problem.out_channels / problem.groups;
   if (multiplier > kMaxChannels) {
@@ -83,7 +85,8 @@ Geometry geometry(const Problem& problem, const Config& config) {
   const int64_t weight_bytes = multiplier * volume(problem.kernel) * (problem.dtype == DType::f64 ? 8 : 4);
   while (g.channel_tile > 8 && weight_bytes * g.channel_tile > kMaxWeightBytes) g.channel_tile /= 2;
   if (weight_bytes * g.channel_tile > kMaxWeightBytes) {
-    return refuse(std::to_string(weight_bytes * g.channel_tile) + " bytes of weights, at most " + std::to_string(kMaxWeightBytes));
+    return refuse(std::to_string(weight_bytes * g.channel_tile) + " bytes of weights, at most " +
+                  std::to_string(kMaxWeightBytes));
   }
   g.source_size = g.forward ? problem.input : output_size(problem);
   g.result_size = g.forward ? output_size(problem) : problem.input;
@@ -110,14 +113,16 @@ Geometry geometry(const Problem& problem, const Config& config) {
     phases *= g.phases[dim];
     taps *= problem.kernel[at];
     if (g.source_size[at] > INT32_MAX / 2 || g.result_size[at] > INT32_MAX / 2) {
-      return refuse("a dimension of " + std::to_string(std::max(g.source_size[at], g.result_size[at])) + ", at most 2^30 - 1");
+      return refuse("a dimension of " + std::to_string(std::max(g.source_size[at], g.result_size[at])) +
+                    ", at most 2^30 - 1");
     }
     g.lattice[dim] = ceil_div(g.result_size[at], g.result_step[dim]);
   }
   g.sums = static_cast<double>(g.result_channels * g.queue * phases);
   const int64_t most_sums = problem.dtype == DType::f64 ? kMaxSums / 2 : kMaxSums;
   if (g.sums > static_cast<double>(most_sums)) {
-    return refuse(std::to_string(g.result_channels * g.queue * phases) + " results a thread, at most " + std::to_string(most_sums));
+    return refuse(std::to_string(g.result_channels * g.queue * phases) + " results a thread, at most " +
+                  std::to_string(most_sums));
   }
   if (g.queue > 1 && g.queue / 2 >= g.lattice[1]) {
     return refuse("block_m " + std::to_string(g.queue) + " for a height of " + std::to_string(g.lattice[1]));
@@ -135,14 +140,16 @@ Geometry geometry(const Problem& problem, const Config& config) {
   }
   g.products = static_cast<double>(taps * g.queue * g.result_channels);
   if (g.products > static_cast<double>(kMaxProducts)) {
-    return refuse(std::to_string(taps * g.queue * g.result_channels) + " products a thread, at most " + std::to_string(kMaxProducts));
+    return refuse(std::to_string(taps * g.queue * g.result_channels) + " products a thread, at most " +
+                  std::to_string(kMaxProducts));
   }
   std::set<int64_t> rows;
   for (int64_t queue = 0; queue < g.queue; ++queue) {
     for (const int64_t shift : g.shifts[1]) rows.insert(queue * g.source_step[1] + shift);
   }
   g.rows.assign(rows.begin(), rows.end());
-  g.reads = static_cast<double>(g.shifts[0].size() * g.rows.size() * g.shifts[2].size() * static_cast<std::size_t>(g.source_channels));
+  g.reads = static_cast<double>(g.shifts[0].size() * g.rows.size() * g.shifts[2].size() *
+                                static_cast<std::size_t>(g.source_channels));
   const auto slice_reads = static_cast<int64_t>(g.rows.size() * g.shifts[2].size());
   const int64_t most_reads = g.shifts[0].size() > 1 ? kMaxReadsOfMany : kMaxSliceReads;
   if (g.queue > 1 && slice_reads > most_reads) {
@@ -153,7 +160,8 @@ Geometry geometry(const Problem& problem, const Config& config) {
   const int64_t places = g.lattice[1] * g.lattice[2];
   if (places > INT32_MAX) return refuse("more than 2^31 - 1 places");
   const int64_t per_block = kThreads / g.channel_tile;
-  g.blocks = problem.batch * g.lattice[0] * ceil_div(places, problem.layout == Layout::channels_last ? per_block : kThreads) *
+  g.blocks = problem.batch * g.lattice[0] *
+             ceil_div(places, problem.layout == Layout::channels_last ? per_block : kThreads) *
              ceil_div(problem.groups, g.channel_tile);
   if (g.blocks > INT32_MAX) return refuse(std::to_string(g.blocks) + " blocks, at most 2^31 - 1");
   return g;
@@ -167,7 +175,8 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   const bool wide = problem.dtype == DType::f64;
   const double slow = wide ? device.fp32_tflops / std::max(device.fp64_tflops, 1e-3) : 1;
   const double threads = static_cast<double>(g.blocks) * kThreads;
-  const double apart = problem.layout == Layout::contiguous ? std::min<double>(static_cast<double>(g.source_step[2]), 4) : 1;
+  const double apart =
+      problem.layout == Layout::contiguous ? std::min<double>(static_cast<double>(g.source_step[2]), 4) : 1;
   // Issue slots, four to the cycle; reads go through one unit.
   const double issue = g.products * slow + 3 * g.reads + 8 * g.sums + 150;
   const double memory_unit = 4 * (g.reads * apart + 3 * g.sums);
@@ -188,19 +197,24 @@ std::string add_taps(const Problem& problem, const Geometry& g, std::vector<int6
   auto text = [](int64_t value) { return std::to_string(value); };
   std::string out =
       "template <bool finite, long long step>\n"
-      "__device__ __forceinline__ void add_taps(const storage_t* source, const int (&sizes)[3], int z0, int y0, int x0,\n"
+      "__device__ __forceinline__ void add_taps(const storage_t* source, const int (&sizes)[3], int z0, int y0, int "
+      "x0,\n"
       "                                         const accum_t* weights, accum_t (&sum)[kSums]) {\n"
       "  const long long row_step = sizes[2] * step, slice_step = sizes[1] * row_step;\n";
   for (std::size_t k = 0; k < g.shifts[2].size(); ++k) {
-    out += "  const bool column" + text(static_cast<int64_t>(k)) + " = static_cast<unsigned>(x0 + (" + text(g.shifts[2][k]) +
-           ")) < static_cast<unsigned>(sizes[2]);\n";
+    out += "  const bool column" + text(static_cast<int64_t>(k)) + " = static_cast<unsigned>(x0 + (" +
+           text(g.shifts[2][k]) + ")) < static_cast<unsigned>(sizes[2]);\n";
   }
   const int64_t all_taps = volume(problem.kernel);
   for (const int64_t depth : g.shifts[0]) {
     // An opaque copy of y0 and the fence keep reads, row tests and row addresses of other slices, hundreds of registers in
     // three dimensions, from being moved up here or shared.
-    out += "  {\n    int y = y0;\n    asm volatile(\"\" : \"+r\"(y) : : \"memory\");\n    const bool slice = static_cast<unsigned>(z0 + (" + text(depth) + ")) < static_cast<unsigned>(sizes[0]);\n";
-    out += "    const storage_t* at = source + (" + text(depth) + ") * slice_step + (" + text(g.rows[0]) + ") * row_step;\n";
+    out +=
+        "  {\n    int y = y0;\n    asm volatile(\"\" : \"+r\"(y) : : \"memory\");\n    const bool slice = "
+        "static_cast<unsigned>(z0 + (" +
+        text(depth) + ")) < static_cast<unsigned>(sizes[0]);\n";
+    out += "    const storage_t* at = source + (" + text(depth) + ") * slice_step + (" + text(g.rows[0]) +
+           ") * row_step;\n";
     int64_t last_row = g.rows[0];
     // Slots of this slice: [depth tap][height tap][width tap].
     const auto first = static_cast<int64_t>(slot_taps.size());
@@ -237,7 +251,8 @@ std::string add_taps(const Problem& problem, const Geometry& g, std::vector<int6
                 for (const PhaseTap& t_2 : g.taps[2]) {
                   if (queue * g.source_step[1] + t_1.shift == row && t_2.shift == g.shifts[2][k]) {
                     const int64_t sum =
-                        (((n * g.queue + queue) * g.phases[0] + t_0.phase) * g.phases[1] + t_1.phase) * g.phases[2] + t_2.phase;
+                        (((n * g.queue + queue) * g.phases[0] + t_0.phase) * g.phases[1] + t_1.phase) * g.phases[2] +
+                        t_2.phase;
                     out += "          sum[" + text(sum) + "] += x * w" + text(n) + "_" + text(slot) + ";\n";
                   }
                   ++slot;

@@ -37,11 +37,12 @@ constexpr int kMinBlocks = kSums * static_cast<int>(sizeof(accum_t) / 4) + kSlic
 
 struct Buffer {
   accum_t value[32 * kPhases[2]];
-  long long element[32];  // of the lane's first result
+  long long element[32];      // of the lane's first result
   int rows[32], columns[32];  // how many rows and columns from there exist
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) depthwise(const Arguments a, const Operands operands) {
+extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
+    depthwise(const Arguments a, const Operands operands) {
   __shared__ __align__(16) accum_t weights[kResultChannels * kSourceChannels * kTaps * kChannelTile];
   __shared__ int unusual;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
@@ -82,7 +83,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) depthwise(con
     const int c = channel0 + e % kChannelTile, slot = e / kChannelTile % kTaps, m = e / (kChannelTile * kTaps);
     accum_t w = 0;
     if (c < TCONV_GROUPS) {
-      const long long at = (static_cast<long long>(c) * (kResultChannels * kSourceChannels) + m) * kTaps + kSlotTap[slot];
+      const long long at =
+          (static_cast<long long>(c) * (kResultChannels * kSourceChannels) + m) * kTaps + kSlotTap[slot];
       w = widen(static_cast<const storage_t*>(a.weight)[at]);
     }
     weights[e] = w;
@@ -126,16 +128,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) depthwise(con
   const int rows = exists ? static_cast<int>(a.result_size[1]) - q_1 * kResultStep[1] : 0;
   const int columns = static_cast<int>(a.result_size[2]) - q_2 * kResultStep[2];
   const int slices = static_cast<int>(a.result_size[0]) - q_0 * kResultStep[0];
-  const long long first = (static_cast<long long>(q_0) * kResultStep[0] * a.result_size[1] +
-                           static_cast<long long>(q_1) * kResultStep[1]) * a.result_size[2] +
-                          static_cast<long long>(q_2) * kResultStep[2];
+  const long long first =
+      (static_cast<long long>(q_0) * kResultStep[0] * a.result_size[1] + static_cast<long long>(q_1) * kResultStep[1]) *
+          a.result_size[2] +
+      static_cast<long long>(q_2) * kResultStep[2];
   const int result_channel = channel * kResultChannels;
 #if TCONV_CHANNELS_LAST
   constexpr long long kResultPitch = static_cast<long long>(TCONV_GROUPS) * kResultChannels;
   const long long element = (static_cast<long long>(b) * result_volume + first) * kResultPitch + result_channel;
 #else
   constexpr long long kResultPitch = 1;
-  const long long element = (static_cast<long long>(b) * TCONV_GROUPS * kResultChannels + result_channel) * result_volume + first;
+  const long long element =
+      (static_cast<long long>(b) * TCONV_GROUPS * kResultChannels + result_channel) * result_volume + first;
 #endif
   auto value_at = [&](accum_t value, int n, long long where) {
     value += tconv_bias(a.bias, result_channel + n);

@@ -19,7 +19,7 @@ struct Rates {
   double fp32, fp64, tf32, f16;
 };
 constexpr Rates kRates[] = {
-    {80, 128, 64, 1024, 2048},  {86, 256, 4, 256, 512},      {87, 256, 4, 256, 512},   {89, 256, 4, 256, 512},
+    {80, 128, 64, 1024, 2048},  {86, 256, 4, 256, 512},      {87, 256, 4, 256, 512},    {89, 256, 4, 256, 512},
     {90, 256, 128, 2048, 4096}, {100, 256, 128, 4096, 8192}, {103, 256, 4, 4096, 8192}, {120, 256, 4, 256, 512},
 };
 // What a kernel reaches of the rates above and of the memory's nominal bandwidth: on the H200 copy reaches 4.26 of 4.8
@@ -50,8 +50,8 @@ Device read_device(int index) {
   device.shared_memory_per_block = static_cast<std::size_t>(attribute(97));
   device.shared_memory_per_multiprocessor = static_cast<std::size_t>(attribute(81));
   if (device.compute_capability < 80) {
-    throw std::runtime_error("CUDA: device " + std::to_string(index) + " (" + device.name + ") has compute capability " +
-                             std::to_string(device.compute_capability / 10) + "." +
+    throw std::runtime_error("CUDA: device " + std::to_string(index) + " (" + device.name +
+                             ") has compute capability " + std::to_string(device.compute_capability / 10) + "." +
                              std::to_string(device.compute_capability % 10) + ", needed is 8.0 or newer");
   }
 

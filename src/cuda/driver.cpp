@@ -32,8 +32,9 @@ Libcuda open_libcuda() {
     if (handle) break;
   }
   if (!handle) {
-    cuda.failure = "CUDA: the NVIDIA driver is not installed: libcuda.so.1 cannot be opened. Needed: a driver for CUDA " +
-                   version_text(kOldestDriver) + " or newer";
+    cuda.failure =
+        "CUDA: the NVIDIA driver is not installed: libcuda.so.1 cannot be opened. Needed: a driver for CUDA " +
+        version_text(kOldestDriver) + " or newer";
     return cuda;
   }
   std::string missing;
@@ -126,7 +127,8 @@ std::shared_ptr<const Function> load_now(const Unit& unit, const Device& device)
       const char* text = nullptr;
       cuda.error_text(error, &text);
       throw std::runtime_error("CUDA: the driver (CUDA " + version_text(cuda.driver_version) + ") cannot load " +
-                               unit.source + " compiled for " + arch_of(device) + ": " + (text ? text : "unknown error"));
+                               unit.source + " compiled for " + arch_of(device) + ": " +
+                               (text ? text : "unknown error"));
     }
   }
   auto function = std::make_shared<Function>();
@@ -140,8 +142,11 @@ std::shared_ptr<const Function> load_now(const Unit& unit, const Device& device)
   if (unit.shared_bytes > limit) {
     limit = unit.shared_bytes;
     // 8: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 9: the share of L1 preferred as shared memory, in percent.
-    if (limit > 48 * 1024) check(cuda.function_attribute(handle, 8, static_cast<int>(limit)), "cuFuncSetAttribute");
-    if (limit > 16 * 1024) check(cuda.function_attribute(handle, 9, 100), "cuFuncSetAttribute");
+    // Below 48 KB the driver's own choice leaves L1 to the kernels that read through it.
+    if (limit > 48 * 1024) {
+      check(cuda.function_attribute(handle, 8, static_cast<int>(limit)), "cuFuncSetAttribute");
+      check(cuda.function_attribute(handle, 9, 100), "cuFuncSetAttribute");
+    }
   }
   return function;
 }
@@ -228,7 +233,8 @@ void fill_zero(const Device& device, void* pointer, std::size_t bytes, Stream st
 void* allocate(const Device& device, std::size_t bytes) {
   Current current(device.index);
   CUdeviceptr pointer = 0;
-  check(libcuda().allocate(&pointer, std::max<std::size_t>(bytes, 1)), "cuMemAlloc of " + std::to_string(bytes) + " bytes");
+  check(libcuda().allocate(&pointer, std::max<std::size_t>(bytes, 1)),
+        "cuMemAlloc of " + std::to_string(bytes) + " bytes");
   return reinterpret_cast<void*>(pointer);
 }
 

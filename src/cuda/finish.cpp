@@ -42,9 +42,12 @@ int norm_number(const Epilogue& epilogue) {
   const int index = norm_index(epilogue);
   if (index < 0) return 0;
   switch (epilogue.ops[static_cast<std::size_t>(index)].kind) {
-    case OpKind::group_norm: return 1;
-    case OpKind::layer_norm: return 2;
-    default: return 3;
+    case OpKind::group_norm:
+      return 1;
+    case OpKind::layer_norm:
+      return 2;
+    default:
+      return 3;
   }
 }
 
@@ -79,8 +82,9 @@ Sums sums_of(const Epilogue& epilogue) {
               std::to_string(local++) + "]);\n";
     }
   }
-  const std::string head = "(const accum_t* grad, accum_t* sums, long long element, const GradOperands& to) {\n"
-                           "  (void)grad, (void)sums, (void)element, (void)to;\n";
+  const std::string head =
+      "(const accum_t* grad, accum_t* sums, long long element, const GradOperands& to) {\n"
+      "  (void)grad, (void)sums, (void)element, (void)to;\n";
   sums.functions = "__device__ __forceinline__ void keep_before" + head + before + "}\n" +
                    "__device__ __forceinline__ void keep_after" + head + after + "}\n";
   return sums;
@@ -145,8 +149,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Geometry {
   Arguments arguments{};
-  int64_t row_blocks = 0;       // of the kernels that walk along positions
-  int64_t position_blocks = 0;  // of those that go across channels
+  int64_t row_blocks = 0;                                             // of the kernels that walk along positions
+  int64_t position_blocks = 0;                                        // of those that go across channels
   std::size_t partial_bytes = 0, statistic_bytes = 0, sum_bytes = 0;  // each a multiple of 256
 };
 
@@ -236,7 +240,7 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
       bytes += static_cast<double>(size_of(problem.dtype)) * (gradient ? 2 : 1);
     }
   }
-  constexpr double kLaunch = 2.5;   // microseconds
+  constexpr double kLaunch = 2.5;    // microseconds
   constexpr double kReached = 0.85;  // of the copy bandwidth
   fit.microseconds = kLaunch * launches + elements * bytes / (kReached * device.bandwidth_tbs * 1e6);
   fit.workspace_bytes = g.partial_bytes + 2 * g.statistic_bytes + g.sum_bytes;

@@ -35,8 +35,8 @@ struct Arguments {
   accum_t* partial;  // [quantity][channel][b][chunk]
   accum_t* sums;     // grad_epilogue: [2][statistic]
   long long batch, channels, positions;
-  long long groups;      // of group_norm
-  long long statistics;  // how many mean and rstd there are
+  long long groups;         // of group_norm
+  long long statistics;     // how many mean and rstd there are
   long long chunk, chunks;  // positions of a row that one block takes, and blocks per row
   long long lanes;          // contiguous: threads per row
   long long packed;         // all tensors are aligned for packs
@@ -238,8 +238,8 @@ struct Norm {
     rstd = a.rstd[statistic(a, walk, 0)];
 #elif TCONV_NORM == 3
     mean = tconv_channel_operand<accum_t>(operands, TCONV_NORM_SLOT, walk.channel);
-    rstd = accum_t(1) / sqrt(tconv_channel_operand<accum_t>(operands, TCONV_NORM_SLOT + 1, walk.channel) +
-                             accum_t(TCONV_NORM_EPS));
+    rstd = accum_t(1) /
+           sqrt(tconv_channel_operand<accum_t>(operands, TCONV_NORM_SLOT + 1, walk.channel) + accum_t(TCONV_NORM_EPS));
 #endif
   }
 };
@@ -252,8 +252,9 @@ __device__ __forceinline__ accum_t before(const Arguments& a, storage_t raw, int
 }
 
 // At least two blocks of a multiprocessor: without a number the compiler aims at more and spills in long chains.
-#define ENTRY(name) \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2) name(const Arguments a, const Operands operands, const GradOperands grad_operands)
+#define ENTRY(name)                                         \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2) \
+      name(const Arguments a, const Operands operands, const GradOperands grad_operands)
 
 #ifdef TCONV_ENTRY_finish_row_moments
 // Mean and M2 of every piece of a row; how many elements it has is known to whoever merges.
@@ -269,7 +270,8 @@ ENTRY(finish_row_moments) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const bool exists = walk.exists(a, base, i / kPack, i % kPack);
-      x[i] = exists ? before(a, raw[i], walk.channel, walk.element(a, base, i / kPack, i % kPack), operands) : accum_t(0);
+      x[i] =
+          exists ? before(a, raw[i], walk.channel, walk.element(a, base, i / kPack, i % kPack), operands) : accum_t(0);
       sum += x[i];
       count += exists;
     }
@@ -466,8 +468,9 @@ ENTRY(finish_grad_rows) {
       const long long element = walk.element(a, base, i / kPack, i % kPack);
       const accum_t normal = (before(a, raw[i], walk.channel, element, operands) - norm.mean) * norm.rstd;
       accum_t unused[tconv_after_operands + 1];
-      const accum_t g = tconv_after_grad<accum_t>(normal * norm.weight + norm.bias, static_cast<accum_t>(widen(grad[i])),
-                                                  walk.channel, element, operands, unused);
+      const accum_t g =
+          tconv_after_grad<accum_t>(normal * norm.weight + norm.bias, static_cast<accum_t>(widen(grad[i])),
+                                    walk.channel, element, operands, unused);
       total.at[0] += g;
       total.at[1] += g * normal;
     }
@@ -529,8 +532,9 @@ ENTRY(finish_grad_positions) {
     bias = tconv_channel_operand<accum_t>(operands, TCONV_NORM_SLOT + 1, c);
 #endif
     const accum_t g = weight * tconv_after_grad<accum_t>(
-        normal * weight + bias, static_cast<accum_t>(widen(static_cast<const output_t*>(a.grad_output)[element])), c,
-        element, operands, unused);
+                                   normal * weight + bias,
+                                   static_cast<accum_t>(widen(static_cast<const output_t*>(a.grad_output)[element])), c,
+                                   element, operands, unused);
     total.at[0] += g;
     total.at[1] += g * normal;
   }

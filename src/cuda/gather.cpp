@@ -139,8 +139,7 @@ Geometry geometry(const Problem& problem, const Config& config) {
     return g;
   }
   const auto unit = g.width_taps.size() * static_cast<std::size_t>(config.block_n) * accum;
-  const int64_t rows = std::max<int64_t>(
-      g.dims[0].most * g.dims[1].most * (g.split_width ? g.dims[2].most : 1), 1);
+  const int64_t rows = std::max<int64_t>(g.dims[0].most * g.dims[1].most * (g.split_width ? g.dims[2].most : 1), 1);
   const auto units = static_cast<int64_t>(kStageBytes / unit);
   const int64_t sum = std::max<int64_t>(g.sum, 1);
   g.stage_sum = std::clamp<int64_t>(units, 1, sum);
@@ -156,8 +155,8 @@ Geometry geometry(const Problem& problem, const Config& config) {
   for (int dim = 0; dim < 3; ++dim) {
     const auto at = static_cast<std::size_t>(dim);
     if (g.source_size[at] > INT32_MAX / 2 || g.result_size[at] > INT32_MAX / 2) {
-      g.refusal = "a dimension of " + std::to_string(std::max(g.source_size[at], g.result_size[at])) +
-                  ", at most 2^30 - 1";
+      g.refusal =
+          "a dimension of " + std::to_string(std::max(g.source_size[at], g.result_size[at])) + ", at most 2^30 - 1";
       return g;
     }
     g.lattice[dim] = ceil_div(g.result_size[at], g.result_step[dim]);
@@ -192,19 +191,22 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   const double slow = wide ? device.fp32_tflops / std::max(device.fp64_tflops, 1e-3) : 1;
   const double weights = taps * std::max(1.0, n * (wide ? 8 : 4) / 16);
   // Neighbouring lanes read neighbouring elements only in a contiguous forward.
-  const double apart = problem.layout == Layout::channels_last ? 6 : std::min<double>(static_cast<double>(g.source_step[2]), 6);
+  const double apart =
+      problem.layout == Layout::channels_last ? 6 : std::min<double>(static_cast<double>(g.source_step[2]), 6);
   const double source = shifts * m;
   const double slots = std::max(taps * m * n * slow + source + weights + 2 * m + 6, 4 * (source * apart + weights));
   double rows = 1;
   for (int dim = 0; dim < (g.split_width ? 3 : 2); ++dim) {
-    rows *= static_cast<double>(problem.kernel[static_cast<std::size_t>(dim)]) / static_cast<double>(g.result_step[dim]);
+    rows *=
+        static_cast<double>(problem.kernel[static_cast<std::size_t>(dim)]) / static_cast<double>(g.result_step[dim]);
   }
   const double stores = m * n * static_cast<double>(g.width_phases) * 8 + 300;
   const double per_warp = rows * static_cast<double>(g.sum) * slots + stores;
   const double slot_us = 64 / (device.fp32_tflops * 1e6);  // of the whole device, per warp
   const double machine = 4.0 * std::max(device.multiprocessors, 1);
   // A warp by itself waits most of the time; few blocks do not fill the device.
-  const double busy = std::max(static_cast<double>(g.blocks) * kWarps * per_warp * slot_us, 4 * per_warp * slot_us * machine);
+  const double busy =
+      std::max(static_cast<double>(g.blocks) * kWarps * per_warp * slot_us, 4 * per_warp * slot_us * machine);
   const double memory = minimum_bytes(problem) / (0.8 * device.bandwidth_tbs * 1e6);
   fit.microseconds = 4 + std::max(busy * 1.3, memory) + 0.2 * std::min(busy, memory);
   if (g.forward) {

@@ -157,7 +157,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather(const 
     at[u] = position(a, start, warp * kWarpPositions + u * 32 + lane);
 #pragma unroll
     for (int dim = 0; dim < 3; ++dim) {
-      at[u].exists = at[u].exists && static_cast<long long>(at[u].q[dim]) * kResultStep[dim] + phase[dim] < a.result_size[dim];
+      at[u].exists =
+          at[u].exists && static_cast<long long>(at[u].q[dim]) * kResultStep[dim] + phase[dim] < a.result_size[dim];
     }
   }
 
@@ -189,13 +190,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather(const 
 #else
         const long long pair = (static_cast<long long>(g) * kResult + n) * kSum + k0 + k;
 #endif
-        weights[e] = n < kResult ? static_cast<accum_t>(widen(static_cast<const storage_t*>(a.weight)[pair * kTaps + tap]))
-                                 : accum_t(0);
+        weights[e] = n < kResult
+                         ? static_cast<accum_t>(widen(static_cast<const storage_t*>(a.weight)[pair * kTaps + tap]))
+                         : accum_t(0);
       }
       __syncthreads();
 #pragma unroll 1
       for (int i = 0; i < stage_rows; ++i) {
-        const storage_t* source = static_cast<const storage_t*>(a.source) + (static_cast<long long>(g) * kSum + k0) * channel_step;
+        const storage_t* source =
+            static_cast<const storage_t*>(a.source) + (static_cast<long long>(g) * kSum + k0) * channel_step;
         int row = row0 + i;
         const int shift_2 = TCONV_SPLIT_WIDTH ? kFirstShift_2[phase[2]] + row % counts[2] * kShiftStep[2] : 0;
         row /= counts[2];
@@ -215,7 +218,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather(const 
             const int column = x + kShift[shift];
             if (row_inside && column >= 0 && column < sizes[2]) inside[u] |= 1u << shift;
           }
-          from[u] = source + at[u].b * source_sample + ((static_cast<long long>(z) * sizes[1] + y) * sizes[2] + x) * step;
+          from[u] =
+              source + at[u].b * source_sample + ((static_cast<long long>(z) * sizes[1] + y) * sizes[2] + x) * step;
           all = all && inside[u] == ~0u >> (32 - kShifts);
           any = any || inside[u] != 0;
         }

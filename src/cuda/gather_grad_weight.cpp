@@ -82,7 +82,8 @@ Geometry geometry(const Problem& problem, const Device& device) {
   const int64_t machine = std::max(device.multiprocessors, 1);
   a.splits = g.items ? ceil_div(16 * machine, g.items) : 1;
   a.splits = std::min<int64_t>(a.splits, std::max<int64_t>(positions / (8 * kThreads), 1));
-  if (g.weights > 0) a.splits = std::min<int64_t>(a.splits, std::max<int64_t>(kMaxPartialBytes / (g.weights * accum), 1));
+  if (g.weights > 0)
+    a.splits = std::min<int64_t>(a.splits, std::max<int64_t>(kMaxPartialBytes / (g.weights * accum), 1));
   a.share = ceil_div(positions, a.splits);
   if (g.items * a.splits > INT32_MAX) {
     g.refusal = std::to_string(g.items * a.splits) + " blocks, at most 2^31 - 1";
@@ -97,7 +98,9 @@ Geometry geometry(const Problem& problem, const Device& device) {
     const int64_t columns = std::clamp<int64_t>(problem.out_channels, 1, kThreads);
     least = 8 * (kThreads / columns);
   }
-  a.chunks = rows > 0 ? std::clamp<int64_t>(ceil_div(32 * machine, rows), 1, std::max<int64_t>(output_positions / least, 1)) : 1;
+  a.chunks = rows > 0
+                 ? std::clamp<int64_t>(ceil_div(32 * machine, rows), 1, std::max<int64_t>(output_positions / least, 1))
+                 : 1;
   a.chunk = std::max<int64_t>(ceil_div(output_positions, a.chunks), 1);
   a.chunks = ceil_div(output_positions, a.chunk);
   g.bias_blocks = rows * a.chunks;
@@ -115,7 +118,8 @@ Fit fit(const Problem& problem, const Epilogue&, const Device& device, const Con
   const bool wide = problem.dtype == DType::f64;
   const double slow = wide ? device.fp32_tflops / std::max(device.fp64_tflops, 1e-3) : 1;
   const double loads = static_cast<double>(g.tile_m + g.tile_n * g.tile_t);
-  const double apart = problem.layout == Layout::channels_last ? 6 : std::min<double>(static_cast<double>(problem.stride[2]), 6);
+  const double apart =
+      problem.layout == Layout::channels_last ? 6 : std::min<double>(static_cast<double>(problem.stride[2]), 6);
   const double products = static_cast<double>(g.tile_m * g.tile_n * g.tile_t);
   const double slots = std::max(products * slow + loads + 30, 4 * loads * apart);
   const double busy = positions / 32 * static_cast<double>(g.items) * slots * 64 / (device.fp32_tflops * 1e6);
@@ -134,7 +138,8 @@ std::vector<Unit> units(const Step& step) {
   plain.epilogue.ops.clear();
   std::string text = layer_prelude(plain);
   text += "#define TILE_M " + std::to_string(g.tile_m) + "\n#define TILE_N " + std::to_string(g.tile_n) +
-          "\n#define TILE_T " + std::to_string(g.tile_t) + "\nconstexpr int kThreads = " + std::to_string(kThreads) + ";\n";
+          "\n#define TILE_T " + std::to_string(g.tile_t) + "\nconstexpr int kThreads = " + std::to_string(kThreads) +
+          ";\n";
   std::vector<Unit> list;
   for (const char* entry : {"gather_grad_weight", "gather_sum_weight", "gather_bias", "gather_sum_bias"}) {
     list.push_back({"gather_grad_weight.cu", entry, text, kThreads, 0});

@@ -21,8 +21,8 @@ struct Arguments {
   long long batch;
   long long input_size[3];
   long long output_size[3];
-  long long splits, share;       // positions are cut into `splits` shares
-  long long chunk, chunks;       // of the output's positions, for the bias
+  long long splits, share;  // positions are cut into `splits` shares
+  long long chunk, chunks;  // of the output's positions, for the bias
 };
 
 constexpr int kWarps = kThreads / 32;
@@ -61,8 +61,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather_grad_w
 #else
   const long long input_step = 1, output_step = 1, input_channel = input_volume, output_channel = output_volume;
 #endif
-  const storage_t* input = static_cast<const storage_t*>(a.input) + (static_cast<long long>(g) * TCONV_CI + m0) * input_channel;
-  const storage_t* grad = static_cast<const storage_t*>(a.grad_output) + (static_cast<long long>(g) * TCONV_CO + n0) * output_channel;
+  const storage_t* input =
+      static_cast<const storage_t*>(a.input) + (static_cast<long long>(g) * TCONV_CI + m0) * input_channel;
+  const storage_t* grad =
+      static_cast<const storage_t*>(a.grad_output) + (static_cast<long long>(g) * TCONV_CO + n0) * output_channel;
 
   accum_t sum[TILE_M][TILE_N][TILE_T];
 #pragma unroll
@@ -83,7 +85,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather_grad_w
   int d = static_cast<int>(rest % depth);
   long long b = rest / depth;
   const int step_w = static_cast<int>(kThreads % width), step_h = static_cast<int>(kThreads / width % height);
-  const int step_d = static_cast<int>(kThreads / width / height % depth), step_b = static_cast<int>(kThreads / width / height / depth);
+  const int step_d = static_cast<int>(kThreads / width / height % depth),
+            step_b = static_cast<int>(kThreads / width / height / depth);
 
 #pragma unroll 1
   for (long long flat = begin + threadIdx.x; flat < end; flat += kThreads) {
@@ -185,7 +188,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) gather_bias(const Argumen
   const int lanes = kThreads / columns, lane = threadIdx.x / columns, channel = tile + threadIdx.x % columns;
   if (lane < lanes) {
 #pragma unroll 8
-    for (long long i = begin + lane; i < end; i += lanes) sum += widen(grad[(b * volume + i) * kOutputChannels + channel]);
+    for (long long i = begin + lane; i < end; i += lanes)
+      sum += widen(grad[(b * volume + i) * kOutputChannels + channel]);
   }
   stage[threadIdx.x] = sum;
   __syncthreads();
@@ -196,7 +200,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) gather_bias(const Argumen
 #else
   const long long b = block / kOutputChannels, channel = block % kOutputChannels;
 #pragma unroll 8
-  for (long long i = begin + threadIdx.x; i < end; i += kThreads) sum += widen(grad[static_cast<long long>(block) * volume + i]);
+  for (long long i = begin + threadIdx.x; i < end; i += kThreads)
+    sum += widen(grad[static_cast<long long>(block) * volume + i]);
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_down_sync(0xffffffffu, sum, distance);
   if (threadIdx.x % 32 == 0) stage[threadIdx.x / 32] = sum;

@@ -532,10 +532,14 @@ constexpr Formula kFormulas[] = {
 
 const char* storage_type(DType dtype) {
   switch (dtype) {
-    case DType::f32: return "float";
-    case DType::f64: return "double";
-    case DType::f16: return "f16_t";
-    case DType::bf16: return "bf16_t";
+    case DType::f32:
+      return "float";
+    case DType::f64:
+      return "double";
+    case DType::f16:
+      return "f16_t";
+    case DType::bf16:
+      return "bf16_t";
   }
   return "";
 }
@@ -568,17 +572,20 @@ std::string op_text(const std::string& name, const Op& op) {
 
 std::string operand_text(const Op& op, int slot) {
   switch (operand_kind(op.kind)) {
-    case OperandKind::none: return "T(0)";
-    case OperandKind::channel: return "tconv_channel_operand<T>(operands, " + std::to_string(slot) + ", channel)";
-    case OperandKind::tensor: return "tconv_tensor_operand<T>(operands, " + std::to_string(slot) + ", element)";
+    case OperandKind::none:
+      return "T(0)";
+    case OperandKind::channel:
+      return "tconv_channel_operand<T>(operands, " + std::to_string(slot) + ", channel)";
+    case OperandKind::tensor:
+      return "tconv_tensor_operand<T>(operands, " + std::to_string(slot) + ", element)";
   }
   return "";
 }
 
 // ops[first, last) as one function, and its derivative: `grad` is the gradient of the result; `grad_operand[k]` receives
 // that of the k-th operand of these operations, and the gradient of x is returned.
-std::string chain_text(const std::string& name, const Epilogue& epilogue, int first, int last, const std::string& op_name,
-                       bool with_gradient) {
+std::string chain_text(const std::string& name, const Epilogue& epilogue, int first, int last,
+                       const std::string& op_name, bool with_gradient) {
   std::string text;
   std::string forward = "template <typename T> __device__ __forceinline__ T " + name + "(T x, " + kPlace + ") {\n" +
                         "  (void)channel, (void)element, (void)operands;\n";
@@ -591,10 +598,12 @@ std::string chain_text(const std::string& name, const Epilogue& epilogue, int fi
     const std::string operand = operand_text(op, operand_offset(epilogue, i));
     forward += "  x = " + call + "<T>(x, " + operand + ");\n";
     recompute += "  const T v" + index + " = " + operand + ";\n";
-    recompute += "  const T x" + std::to_string(i - first + 1) + " = " + call + "<T>(x" + index + ", v" + index + ");\n";
+    recompute +=
+        "  const T x" + std::to_string(i - first + 1) + " = " + call + "<T>(x" + index + ", v" + index + ");\n";
     std::string step;
     if (operand_kind(op.kind) != OperandKind::none) {
-      step += "  grad_operand[" + std::to_string(count++) + "] = grad * " + call + "_d_v<T>(x" + index + ", v" + index + ");\n";
+      step += "  grad_operand[" + std::to_string(count++) + "] = grad * " + call + "_d_v<T>(x" + index + ", v" + index +
+              ");\n";
     }
     step += "  grad = grad * " + call + "_d_x<T>(x" + index + ", v" + index + ");\n";
     backward = step + backward;
