@@ -42,7 +42,7 @@ int64_t tile_of(int64_t count, int64_t limit) {
 
 struct Geometry {
   std::string refusal;
-  int64_t tile_m, tile_n, tile_t;
+  int64_t tile_m, tile_n, tile_h, tile_t;
   int64_t items = 0;  // blocks of one split
   int64_t weights = 0;
   int64_t bias_blocks = 0;
@@ -63,8 +63,9 @@ Geometry geometry(const Problem& problem, const Device& device) {
   g.tile_m = tile_of(ci, 4);
   g.tile_n = tile_of(co, 4);
   g.tile_t = std::min<int64_t>({problem.kernel[2], 64 / (g.tile_m * g.tile_n), 8});
-  g.items = problem.groups * problem.kernel[0] * problem.kernel[1] * ceil_div(ci, g.tile_m) * ceil_div(co, g.tile_n) *
-            ceil_div(problem.kernel[2], g.tile_t);
+  g.tile_h = std::clamp<int64_t>(32 / (g.tile_m * g.tile_n * g.tile_t), 1, problem.kernel[1]);
+  g.items = problem.groups * problem.kernel[0] * ceil_div(problem.kernel[1], g.tile_h) * ceil_div(ci, g.tile_m) *
+            ceil_div(co, g.tile_n) * ceil_div(problem.kernel[2], g.tile_t);
   g.weights = weight_elements(problem);
   Arguments& a = g.arguments;
   const Dims output = output_size(problem);
@@ -117,10 +118,10 @@ Fit fit(const Problem& problem, const Epilogue&, const Device& device, const Con
   const double positions = static_cast<double>(problem.batch) * volume(problem.input);
   const bool wide = problem.dtype == DType::f64;
   const double slow = wide ? device.fp32_tflops / std::max(device.fp64_tflops, 1e-3) : 1;
-  const double loads = static_cast<double>(g.tile_m + g.tile_n * g.tile_t);
+  const double loads = static_cast<double>(g.tile_m + g.tile_n * g.tile_h * g.tile_t);
   const double apart =
       problem.layout == Layout::channels_last ? 6 : std::min<double>(static_cast<double>(problem.stride[2]), 6);
-  const double products = static_cast<double>(g.tile_m * g.tile_n * g.tile_t);
+  const double products = static_cast<double>(g.tile_m * g.tile_n * g.tile_h * g.tile_t);
   const double slots = std::max(products * slow + loads + 30, 4 * loads * apart);
   const double busy = positions / 32 * static_cast<double>(g.items) * slots * 64 / (device.fp32_tflops * 1e6);
   const double memory = minimum_bytes(problem) / (0.8 * device.bandwidth_tbs * 1e6);
@@ -138,8 +139,8 @@ std::vector<Unit> units(const Step& step) {
   plain.epilogue.ops.clear();
   std::string text = layer_prelude(plain);
   text += "#define TILE_M " + std::to_string(g.tile_m) + "\n#define TILE_N " + std::to_string(g.tile_n) +
-          "\n#define TILE_T " + std::to_string(g.tile_t) + "\nconstexpr int kThreads = " + std::to_string(kThreads) +
-          ";\n";
+          "\n#define TILE_H " + std::to_string(g.tile_h) + "\n#define TILE_T " + std::to_string(g.tile_t) +
+          "\nconstexpr int kThreads = " + std::to_string(kThreads) + ";\n";
   std::vector<Unit> list;
   for (const char* entry : {"gather_grad_weight", "gather_sum_weight", "gather_bias", "gather_sum_bias"}) {
     list.push_back({"gather_grad_weight.cu", entry, text, kThreads, 0});

@@ -1,15 +1,15 @@
 // gather_grad_weight — gradients of weight and bias in plain multiply-adds, for every problem.
 //
 // Computes  grad_weight[ci, co, t] = sum over b, i of input[b, ci, i] * grad_output[b, co, s*i + d*t - p], and grad_bias.
-// Method    A block takes TILE_M input channels, TILE_N output channels and TILE_T neighbouring width taps of one row of
-//           taps, and walks over its share of all (b, i) with a position per thread; the sums stay in registers. Threads
-//           are added by shuffles and through shared memory, shares by a second kernel, both in a fixed order.
+// Method    A block takes TILE_M input channels, TILE_N output channels and TILE_H x TILE_T neighbouring taps of height
+//           and width, and walks over its share of all (b, i) with a position per thread; the sums stay in registers.
+//           Threads are added by shuffles and through shared memory, shares by a second kernel, both in a fixed order.
 // Refuses   Dimensions of 2^31 and more.
 // Reads as  one entry per launch: partial sums, their sum, the same two for the bias.
 // SPDX-License-Identifier: Apache-2.0
 #include "epilogue.cuh"
 
-// From gather_grad_weight.cpp: TILE_M TILE_N TILE_T kThreads
+// From gather_grad_weight.cpp: TILE_M TILE_N TILE_H TILE_T kThreads
 
 struct Arguments {
   const void* input;
@@ -31,11 +31,12 @@ constexpr long long kInputChannels = static_cast<long long>(TCONV_GROUPS) * TCON
 constexpr long long kOutputChannels = static_cast<long long>(TCONV_GROUPS) * TCONV_CO;
 constexpr int kTilesM = TCONV_CI ? (TCONV_CI + TILE_M - 1) / TILE_M : 1;
 constexpr int kTilesN = TCONV_CO ? (TCONV_CO + TILE_N - 1) / TILE_N : 1;
+constexpr int kTilesH = (TCONV_K1 + TILE_H - 1) / TILE_H;
 constexpr int kTilesT = (TCONV_K2 + TILE_T - 1) / TILE_T;
 
 #ifdef TCONV_ENTRY_gather_grad_weight
 // About 70 registers beside the sums. Without a number of blocks the compiler aims at more and spills.
-constexpr int kSums = TILE_M * TILE_N * TILE_T * static_cast<int>(sizeof(accum_t) / 4);
+constexpr int kSums = TILE_M * TILE_N * TILE_H * TILE_T * static_cast<int>(sizeof(accum_t) / 4);
 constexpr int kMinBlocks = kSums > 64 ? 2 : kSums > 48 ? 3 : kSums > 24 ? 4 : 5;
 
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather_grad_weight(const Arguments a) {
@@ -46,8 +47,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather_grad_w
   block /= kTilesN;
   const int m0 = static_cast<int>(block % kTilesM) * TILE_M;
   block /= kTilesM;
-  const int tap_1 = static_cast<int>(block % TCONV_K1);
-  block /= TCONV_K1;
+  const int h0 = static_cast<int>(block % kTilesH) * TILE_H;
+  block /= kTilesH;
   const int tap_0 = static_cast<int>(block % TCONV_K0);
   block /= TCONV_K0;
   const int g = static_cast<int>(block % TCONV_GROUPS);
@@ -66,13 +67,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather_grad_w
   const storage_t* grad =
       static_cast<const storage_t*>(a.grad_output) + (static_cast<long long>(g) * TCONV_CO + n0) * output_channel;
 
-  accum_t sum[TILE_M][TILE_N][TILE_T];
+  accum_t sum[TILE_M][TILE_N][TILE_H * TILE_T];
 #pragma unroll
   for (int m = 0; m < TILE_M; ++m)
 #pragma unroll
     for (int n = 0; n < TILE_N; ++n)
 #pragma unroll
-      for (int t = 0; t < TILE_T; ++t) sum[m][n][t] = 0;
+      for (int t = 0; t < TILE_H * TILE_T; ++t) sum[m][n][t] = 0;
 
   // Coordinates advance by kThreads positions a step, with carries instead of divisions.
   const long long begin = split * a.share, total = a.batch * input_volume;
@@ -91,30 +92,46 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather_grad_w
 #pragma unroll 1
   for (long long flat = begin + threadIdx.x; flat < end; flat += kThreads) {
     const long long z = static_cast<long long>(d) * TCONV_S0 + tap_0 * TCONV_D0 - TCONV_P0;
-    const long long y = static_cast<long long>(h) * TCONV_S1 + tap_1 * TCONV_D1 - TCONV_P1;
+    const long long y0 = static_cast<long long>(h) * TCONV_S1 + h0 * TCONV_D1 - TCONV_P1;
     const long long x = static_cast<long long>(w) * TCONV_S2 + t0 * TCONV_D2 - TCONV_P2;
-    if (z >= 0 && z < a.output_size[0] && y >= 0 && y < a.output_size[1]) {
+    if (z >= 0 && z < a.output_size[0]) {
       const long long place = flat - b * input_volume;
       const storage_t* from_input = input + b * input_volume * kInputChannels + place * input_step;
       const storage_t* from_grad = grad + b * output_volume * kOutputChannels +
-                                   ((z * a.output_size[1] + y) * a.output_size[2] + x) * output_step;
+                                   ((z * a.output_size[1] + y0) * a.output_size[2] + x) * output_step;
       accum_t value[TILE_M];
 #pragma unroll
       for (int m = 0; m < TILE_M; ++m) {
         value[m] = 0;
         if (m0 + m < TCONV_CI) value[m] = tconv_pre<accum_t>(widen(from_input[m * input_channel]));
       }
+      // One row of taps; `all`: each of them lies inside, which leaves no branch between the reads.
+      auto add_row = [&](int row, const storage_t* from, bool all) {
 #pragma unroll
-      for (int t = 0; t < TILE_T; ++t) {
-        const long long column = x + t * TCONV_D2;
-        if (t0 + t < TCONV_K2 && column >= 0 && column < a.output_size[2]) {
+        for (int t = 0; t < TILE_T; ++t) {
+          const long long column = x + t * TCONV_D2;
+          if (all || (t0 + t < TCONV_K2 && column >= 0 && column < a.output_size[2])) {
 #pragma unroll
-          for (int n = 0; n < TILE_N; ++n) {
-            if (n0 + n < TCONV_CO) {
-              const accum_t v = widen(from_grad[t * TCONV_D2 * output_step + n * output_channel]);
+            for (int n = 0; n < TILE_N; ++n) {
+              if (n0 + n < TCONV_CO) {
+                const accum_t v = widen(from[t * TCONV_D2 * output_step + n * output_channel]);
 #pragma unroll
-              for (int m = 0; m < TILE_M; ++m) sum[m][n][t] += value[m] * v;
+                for (int m = 0; m < TILE_M; ++m) sum[m][n][row * TILE_T + t] += value[m] * v;
+              }
             }
+          }
+        }
+      };
+      const bool all = t0 + TILE_T <= TCONV_K2 && x >= 0 && x + (TILE_T - 1) * TCONV_D2 < a.output_size[2];
+#pragma unroll
+      for (int row = 0; row < TILE_H; ++row) {
+        const long long y = y0 + row * TCONV_D1;
+        if (h0 + row < TCONV_K1 && y >= 0 && y < a.output_size[1]) {
+          const storage_t* from = from_grad + row * TCONV_D1 * a.output_size[2] * output_step;
+          if (all) {
+            add_row(row, from, true);
+          } else {
+            add_row(row, from, false);
           }
         }
       }
@@ -131,23 +148,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather_grad_w
     b += step_b + carry_d;
   }
 
-  __shared__ accum_t stage[kWarps][TILE_M * TILE_N * TILE_T];
+  __shared__ accum_t stage[kWarps][TILE_M * TILE_N * TILE_H * TILE_T];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int m = 0; m < TILE_M; ++m)
 #pragma unroll
     for (int n = 0; n < TILE_N; ++n)
 #pragma unroll
-      for (int t = 0; t < TILE_T; ++t) {
+      for (int t = 0; t < TILE_H * TILE_T; ++t) {
         accum_t value = sum[m][n][t];
 #pragma unroll
         for (int distance = 16; distance > 0; distance /= 2) value += __shfl_down_sync(0xffffffffu, value, distance);
-        if (lane == 0) stage[warp][(m * TILE_N + n) * TILE_T + t] = value;
+        if (lane == 0) stage[warp][(m * TILE_N + n) * TILE_H * TILE_T + t] = value;
       }
   __syncthreads();
-  for (int i = threadIdx.x; i < TILE_M * TILE_N * TILE_T; i += kThreads) {
-    const int t = t0 + i % TILE_T, n = n0 + i / TILE_T % TILE_N, m = m0 + i / (TILE_T * TILE_N);
-    if (t >= TCONV_K2 || n >= TCONV_CO || m >= TCONV_CI) continue;
+  for (int i = threadIdx.x; i < TILE_M * TILE_N * TILE_H * TILE_T; i += kThreads) {
+    const int t = t0 + i % TILE_T, tap_1 = h0 + i / TILE_T % TILE_H;
+    const int n = n0 + i / (TILE_T * TILE_H) % TILE_N, m = m0 + i / (TILE_T * TILE_H * TILE_N);
+    if (t >= TCONV_K2 || tap_1 >= TCONV_K1 || n >= TCONV_CO || m >= TCONV_CI) continue;
     accum_t value = stage[0][i];
     for (int other = 1; other < kWarps; ++other) value += stage[other][i];
     const long long tap = (static_cast<long long>(tap_0) * TCONV_K1 + tap_1) * TCONV_K2 + t;

@@ -18,6 +18,16 @@ __device__ __forceinline__ unsigned pack_words(S low, S high) {
   return word_of(low) | (word_of(high) << 16);
 }
 
+// The first element of a word, and whether a word may be read at an address.
+template <typename S>
+__device__ __forceinline__ S low_half(unsigned word) {
+  if constexpr (sizeof(S) == 2) return S{static_cast<unsigned short>(word)};
+  else return __uint_as_float(word);
+}
+__device__ __forceinline__ bool a_pair_is_aligned(const void* pointer) {
+  return (reinterpret_cast<unsigned long long>(pointer) & 3) == 0;
+}
+
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }

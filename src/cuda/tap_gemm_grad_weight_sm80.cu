@@ -7,7 +7,7 @@
 // Refuses   fp64 (see tap_gemm_grad_weight_sm80.cpp)
 // Reads as  1 locate · 2 load · 3 multiply · 5 store
 // SPDX-License-Identifier: Apache-2.0
-#include "mma_sm80.cuh"
+#include "tap_tile.cuh"
 
 // Tables of the layer, generated in the prelude. Per tap slice: source offsets of the fixed dimensions, then TG_TAPS
 // word offsets (a slice that is not full repeats its first tap; the sum of a repeated tap is dropped by the finish).
@@ -38,49 +38,6 @@ struct TapGemmArgs {
   int shares;
   long long num_tiles;
 };
-
-// Words of `count` channels from `from` (channel stride `plane`, contiguous layout) at one position.
-template <int kChannels, int kPitch, int kPositions, int kTotal, typename Locate>
-__device__ __forceinline__ void load_tile(unsigned* tile, const storage_t* base, long long plane, int first_channel,
-                                          Locate locate) {
-#if TCONV_CHANNELS_LAST
-  const int channel = threadIdx.x % kChannels;
-  const bool exists = first_channel + channel < kTotal;
-#pragma unroll 4
-  for (int p = threadIdx.x / kChannels; p < kPositions; p += kThreads / kChannels) {
-    const long long at = locate(p);
-    const bool valid = at >= 0 && exists;
-    const storage_t* from = base + (valid ? at * (kTotal * TCONV_GROUPS) + first_channel + channel : 0);
-#if TG_ASYNC
-    copy_async_4(tile + channel * kPitch + p, from, valid);
-#else
-    tile[channel * kPitch + p] = valid ? __float_as_uint(widen(*from)) : 0u;
-#endif
-  }
-#else
-  constexpr int kLines = (kPositions + 31) / 32 * 32;
-  constexpr int kTeams = kThreads / kLines > 0 ? kThreads / kLines : 1;
-  constexpr int kLanes = kTeams > 1 ? kLines : kThreads;
-  const int team = kTeams > 1 ? threadIdx.x / kLines : 0;
-  if (team >= kTeams) return;
-  for (int p = kTeams > 1 ? threadIdx.x % kLines : threadIdx.x; p < kPositions; p += kLanes) {
-    const long long at = locate(p);
-    const storage_t* from = base + (at >= 0 ? at : 0) + (first_channel + team) * plane;
-    unsigned* to = tile + team * kPitch + p;
-#pragma unroll 8
-    for (int channel = team; channel < kChannels; channel += kTeams) {
-      const bool valid = at >= 0 && (kTotal % kChannels == 0 || first_channel + channel < kTotal);
-#if TG_ASYNC
-      copy_async_4(to, valid ? from : base, valid);
-#else
-      *to = valid ? __float_as_uint(widen(*from)) : 0u;
-#endif
-      from += plane * kTeams;
-      to += kPitch * kTeams;
-    }
-  }
-#endif
-}
 
 extern "C" __global__ void __launch_bounds__(kThreads, TG_MIN_BLOCKS) tap_gemm_grad_weight(const TapGemmArgs a) {
   extern __shared__ __align__(16) unsigned shared[];
@@ -119,12 +76,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, TG_MIN_BLOCKS) tap_gemm_g
     const storage_t* input = a.input + (b * TCONV_GROUPS + group) * TCONV_CI * input_volume;
     const storage_t* grad = a.grad_output + (b * TCONV_GROUPS + group) * TCONV_CO * grad_volume;
 #endif
-    load_tile<TG_BM, kInputPitch, kInputPositions, TCONV_CI>(
+    load_tile<kThreads, TG_BM, kInputPitch, kInputPositions, TCONV_CI, false>(
         stage, input, input_volume, block_m * TG_BM, [&](int p) -> long long {
           const int w = q_w + p % TG_TW, row = p / TG_TW, h = q_h + row % TG_TH, d = q_d + row / TG_TH;
           return d < a.input_d && h < a.input_h && w < a.input_w ? ((long long)d * a.input_h + h) * a.input_w + w : -1;
         });
-    load_tile<TG_BN, kGradPitch, kGradPositions, TCONV_CO>(
+    load_tile<kThreads, TG_BN, kGradPitch, kGradPositions, TCONV_CO, false>(
         stage + TG_BM * kInputPitch, grad, grad_volume, block_n * TG_BN, [&](int p) -> long long {
           const int row = p / kRowWords, j = p % kRowWords;
           const int d = q_d * TCONV_S0 + offset_d + tg_rows_d[row / TG_NH];
