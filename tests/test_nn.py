@@ -18,7 +18,7 @@ from tconv import _C, _chain
 C = 8  # output channels of the blocks below
 
 
-def new_ops() -> dict[str, list[nn.Module]]:
+def ops_by_name() -> dict[str, list[nn.Module]]:
     """One chain per operation of the core, and some that real networks have."""
     return {
         "relu": [nn.ReLU()],
@@ -65,7 +65,7 @@ def new_ops() -> dict[str, list[nn.Module]]:
 
 def block(name: str, device: str, dtype: torch.dtype, pre: bool = False):
     """(fused, the modules one after the other, extra arguments)."""
-    ops = [op.to(device, dtype) for op in new_ops()[name]]
+    ops = [op.to(device, dtype) for op in ops_by_name()[name]]
     for op in ops:
         for parameter in op.parameters():
             nn.init.uniform_(parameter, 0.2, 1.0)
@@ -96,7 +96,7 @@ def block(name: str, device: str, dtype: torch.dtype, pre: bool = False):
 def test_every_operation_of_the_core_is_covered() -> None:
     names = {operation["name"] for operation in _C.operations()}
     words = set()
-    for ops in new_ops().values():
+    for ops in ops_by_name().values():
         for op in ops:
             answer = _chain.describe(op, C)
             assert not isinstance(answer, str), answer
@@ -111,7 +111,7 @@ def test_every_operation_of_the_core_is_covered() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("pre", [False, True])
-@pytest.mark.parametrize("name", new_ops())
+@pytest.mark.parametrize("name", ops_by_name())
 def test_chain_equals_its_modules(name: str, pre: bool, channels_last: bool, device: str) -> None:
     if device == "cuda" and pre != channels_last:
         pytest.skip("half of the combinations, because each compiles its kernels")

@@ -474,10 +474,10 @@ def forward_entry(
         pass
     geom = geometry(rank, stride, padding, output_padding, groups, dilation, precision)
     check_tensors(f"conv_transpose{rank}d", input=x, weight=w, bias=bias)
-    return _remember(_forward_entries, key, new_forward_entry(geom, x, w, bias))
+    return _remember(_forward_entries, key, make_forward_entry(geom, x, w, bias))
 
 
-def new_forward_entry(geom: Geometry, x: Tensor, w: Tensor, bias: Optional[Tensor]) -> Entry:
+def make_forward_entry(geom: Geometry, x: Tensor, w: Tensor, bias: Optional[Tensor]) -> Entry:
     check_shapes(geom, x, w, bias)
     rank = geom.rank
     x_shape, w_shape = tuple(x.shape), tuple(w.shape)

@@ -100,11 +100,11 @@ def entry_for(
     )
     entry = _entries.get(key)
     if entry is None:
-        entry = _core._remember(_entries, key, _new_entry(geom, x, w, bias, operands, chain, save))
+        entry = _core._remember(_entries, key, _make_entry(geom, x, w, bias, operands, chain, save))
     return entry
 
 
-def _new_entry(
+def _make_entry(
     geom: Geometry, x: Tensor, w: Tensor, bias: Optional[Tensor], operands: Sequence[Tensor], chain: str, save: bool
 ) -> FusedEntry:
     rank = geom.rank
