@@ -167,6 +167,7 @@ def _word(node: Node) -> Optional[Word]:
 
 def rewrite(module: GraphModule) -> int:
     """Replaces the transposed convolutions of a captured graph, with the chains that follow them; returns how many."""
+    _inline_modules(module)
     graph = module.graph
     count = 0
     # Autocast gives the operations of a chain dtypes of their own; under it only the calls are replaced.
@@ -196,6 +197,55 @@ def rewrite(module: GraphModule) -> int:
         graph.lint()
         module.recompile()
     return count
+
+
+def _inline_modules(module: GraphModule) -> None:
+    """Layers that the graph calls as modules (PyTorch before 2.5) become calls with their parameters."""
+    graph = module.graph
+
+    def attribute(target: str, name: str, owner: Any) -> Any:
+        return None if getattr(owner, name) is None else graph.get_attr(f"{target}.{name}")
+
+    for node in list(graph.nodes):
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            continue
+        layer: Any = module.get_submodule(node.target)
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+            continue
+        kind = type(layer)
+        with graph.inserting_before(node):
+            if kind in _LAYERS:
+                function: Any = _LAYERS[kind]
+                weights = [attribute(node.target, name, layer) for name in ("weight", "bias")]
+                rest = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+                call = graph.call_function(function, (node.args[0], *weights, *rest))
+            elif kind is torch.nn.GroupNorm:
+                weights = [attribute(node.target, name, layer) for name in ("weight", "bias")]
+                call = graph.call_function(F.group_norm, (node.args[0], layer.num_groups, *weights, layer.eps))
+            elif kind in _ACTIVATIONS:
+                function, names = _ACTIVATIONS[kind]
+                keywords = {name: getattr(layer, name) for name in names}
+                call = graph.call_function(function, (node.args[0],), keywords)
+            else:
+                continue
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+
+
+_LAYERS: Dict[type, Any] = {
+    torch.nn.ConvTranspose1d: F.conv_transpose1d,
+    torch.nn.ConvTranspose2d: F.conv_transpose2d,
+    torch.nn.ConvTranspose3d: F.conv_transpose3d,
+}
+_ACTIVATIONS: Dict[type, Tuple[Any, Tuple[str, ...]]] = {
+    torch.nn.ReLU: (F.relu, ("inplace",)),
+    torch.nn.LeakyReLU: (F.leaky_relu, ("negative_slope", "inplace")),
+    torch.nn.GELU: (F.gelu, ("approximate",)),
+    torch.nn.SiLU: (F.silu, ("inplace",)),
+    torch.nn.Sigmoid: (torch.sigmoid, ()),
+    torch.nn.Tanh: (torch.tanh, ()),
+}
 
 
 def _following(node: Node) -> Tuple[List[str], List[Any], Node]:
