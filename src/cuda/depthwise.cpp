@@ -24,7 +24,7 @@ constexpr int64_t kMaxChannels = 4;             // output channels per group
 constexpr int64_t kMaxSums = 32;                // of 255 registers
 constexpr int64_t kMaxWeights = 64;             // of a slice, in registers
 constexpr int64_t kMaxSliceReads = 80;          // elements that a slice reads: the compiler moves them up and spills
-constexpr int64_t kMaxReadsOfMany = 48;         // the same where there are several slices
+constexpr int64_t kMaxReadsOfMany = 48;         // the same where several slices are written out
 constexpr int64_t kMaxWeightBytes = 32 * 1024;  // in shared memory
 constexpr int64_t kMaxProducts = 2048;          // written out: about a second of compilation
 
@@ -151,7 +151,7 @@ Geometry geometry(const Problem& problem, const Config& config) {
   g.reads = static_cast<double>(g.shifts[0].size() * g.rows.size() * g.shifts[2].size() *
                                 static_cast<std::size_t>(g.source_channels));
   const auto slice_reads = static_cast<int64_t>(g.rows.size() * g.shifts[2].size());
-  const int64_t most_reads = g.shifts[0].size() > 1 ? kMaxReadsOfMany : kMaxSliceReads;
+  const int64_t most_reads = g.shifts[0].size() > 1 && g.phases[0] > 1 ? kMaxReadsOfMany : kMaxSliceReads;
   if (g.queue > 1 && slice_reads > most_reads) {
     return refuse(std::to_string(slice_reads) + " elements at once, at most " + std::to_string(most_reads));
   }
@@ -206,15 +206,25 @@ std::string add_taps(const Problem& problem, const Geometry& g, std::vector<int6
            text(g.shifts[2][k]) + ")) < static_cast<unsigned>(sizes[2]);\n";
   }
   const int64_t all_taps = volume(problem.kernel);
+  // Where depth has one phase, all slices are alike and are made a loop: written out, the compiler moves reads of all
+  // slices to the front and spills.
+  const bool loop = g.phases[0] == 1 && g.shifts[0].size() > 1;
   for (const int64_t depth : g.shifts[0]) {
+    const std::string at_depth =
+        loop ? text(depth) + " + " + text(g.shifts[0][1] - g.shifts[0][0]) + " * index" : text(depth);
+    if (loop && depth == g.shifts[0][0]) {
+      out += "#pragma unroll 1\n  for (int index = 0; index < " + text(static_cast<int64_t>(g.shifts[0].size())) +
+             "; ++index, weights += " + text(problem.kernel[1] * problem.kernel[2] * g.channel_tile) + ")\n";
+    }
+    const std::size_t before = out.size();
     // An opaque copy of y0 and the fence keep reads, row tests and row addresses of other slices, hundreds of registers in
     // three dimensions, from being moved up here or shared.
     out +=
         "  {\n    int y = y0;\n    asm volatile(\"\" : \"+r\"(y) : : \"memory\");\n    const bool slice = "
         "static_cast<unsigned>(z0 + (" +
-        text(depth) + ")) < static_cast<unsigned>(sizes[0]);\n";
-    out += "    const storage_t* at = source + (" + text(depth) + ") * slice_step + (" + text(g.rows[0]) +
-           ") * row_step;\n";
+        at_depth + ")) < static_cast<unsigned>(sizes[0]);\n";
+    out +=
+        "    const storage_t* at = source + (" + at_depth + ") * slice_step + (" + text(g.rows[0]) + ") * row_step;\n";
     int64_t last_row = g.rows[0];
     // Slots of this slice: [depth tap][height tap][width tap].
     const auto first = static_cast<int64_t>(slot_taps.size());
@@ -266,6 +276,7 @@ std::string add_taps(const Problem& problem, const Geometry& g, std::vector<int6
       out += "    }\n";
     }
     out += "  }\n";
+    if (loop && depth != g.shifts[0][0]) out.resize(before);
   }
   return out + "}\n";
 }
