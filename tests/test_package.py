@@ -94,6 +94,21 @@ def test_compile_without_a_gpu(capsys: pytest.CaptureFixture, tmp_path: Path, mo
     assert "grad_weight" in captured.out and "grad_epilogue" in captured.out and "registers" in captured.out
 
 
+def upsampler() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.ConvTranspose2d(16, 8, 4, 2, 1), torch.nn.ReLU())
+
+
+def test_problems_of_a_model() -> None:
+    from tconv.__main__ import _problems_of_model
+
+    (problem,) = _problems_of_model(f"{__name__}:upsampler", ["2x16x5x6"], "bf16")
+    assert problem == "2d b2 c16>8 i5x6 t4x4 s2 p1 bf16 | bias relu"
+    (problem,) = _problems_of_model(f"{__name__}:upsampler", ["2x16x5x6"], "f32")
+    assert problem.startswith("2d b2 c16>8 i5x6 t4x4 s2 p1 tf32 |")
+    with pytest.raises(ValueError, match="module:factory"):
+        _problems_of_model("nothing", [], "f32")
+
+
 # --- Examples ---------------------------------------------------------------------------------------------------------
 
 

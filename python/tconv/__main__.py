@@ -7,6 +7,7 @@ tool ``tconv`` reads the same strings.
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
 import sys
 import time
@@ -168,6 +169,8 @@ def _compile(options: argparse.Namespace) -> int:
     for file in options.file:
         with open(file) as lines:
             problems += [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+    if options.model:
+        problems += _problems_of_model(options.model, options.input, options.dtype)
     if not problems:
         print("python -m tconv compile: no problem given", file=sys.stderr)
         return 2
@@ -181,6 +184,27 @@ def _compile(options: argparse.Namespace) -> int:
                 print(f"[{number}/{len(problems)}] {name}: {how}, {unit['registers']} registers{spills}  {direction}")
     print(f"{len(problems)} problems in {time.perf_counter() - start:.1f} s")
     return 0
+
+
+def _problems_of_model(name: str, shapes: Sequence[str], dtype: str) -> List[str]:
+    """Problem strings of the layers of `package.module:factory()`, run once on the CPU after tconv.optimize."""
+    from . import optimize
+    from ._explain import plans_of
+
+    module, _, factory = name.partition(":")
+    if not factory:
+        raise ValueError(f"--model must be module:factory, got {name}")
+    model = optimize(getattr(importlib.import_module(module), factory)().eval().to(_DTYPES[dtype]))
+    inputs = [torch.zeros([int(n) for n in shape.split("x")], dtype=_DTYPES[dtype]) for shape in shapes]
+    texts = []
+    for _, plan in plans_of(model, *inputs):
+        if plan is None:
+            continue
+        head, bar, chain = plan.problem.partition("|")
+        # What PyTorch's flags make of an fp32 layer on CUDA.
+        tf32 = dtype == "f32" and _C.parse_problem(head)["groups"] == 1 and _core.tf32_allowed()
+        texts.append(f"{head.strip()}{' tf32' if tf32 else ''}{f' | {chain.strip()}' if bar else ''}")
+    return list(dict.fromkeys(texts))
 
 
 def _directions(problem: str, training: bool) -> List[str]:
@@ -253,6 +277,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     build.add_argument("problem", nargs="*")
     build.add_argument("--file", action="append", default=[], help="a file with one problem a line")
     build.add_argument("--device", default="cuda", help="cuda, cuda:1, or a known device such as h200")
+    build.add_argument("--model", default="", help="module:factory of a torch.nn.Module, whose layers are compiled")
+    build.add_argument("--input", action="append", default=[], help="shape of an input of the model, such as 1x3x64x64")
+    build.add_argument("--dtype", default="f32", choices=sorted(_DTYPES), help="of the model and its inputs")
     build.add_argument("--training", action="store_true", help="also the gradients")
     build.set_defaults(run=_compile)
     info = commands.add_parser("info", help="versions, devices, kernels, operations")

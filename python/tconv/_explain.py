@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -38,32 +38,39 @@ def explain(layer: Union[torch.nn.Module, str], *inputs: Any, device: Optional[s
         return _C.plan_string(layer, device or "cpu", "").explain()
     if not isinstance(layer, torch.nn.Module):
         raise TypeError(f"explain(): argument 'layer' must be a torch.nn.Module or a problem string, not {type(layer)}")
-    blocks: List[str] = []
-    names = {id(module): path for path, module in layer.named_modules()}
-    inside = {id(module.layer) for module in layer.modules() if isinstance(module, tnn.Fused)}
-    handles = []
-
-    def note(module: Any, args: Any) -> None:
-        text = _explain_call(module, *args)
-        path = names[id(module)]
+    blocks = []
+    for path, plan in plans_of(layer, *inputs):
+        text = "nothing to do: the result has no elements" if plan is None else plan.explain()
         blocks.append(f"{path}: {text}" if path else text)
-
-    kinds: Any = (tnn._TransposedConvolution, tnn.Fused)
-    for module in layer.modules():
-        if isinstance(module, kinds) and id(module) not in inside:
-            handles.append(module.register_forward_pre_hook(note))
-    if not handles:
-        raise ValueError("explain(): the module contains no transposed convolution of tconv; see tconv.optimize")
-    try:
-        with torch.no_grad():
-            layer(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return "\n".join(blocks)
 
 
-def _explain_call(module: Any, x: Tensor, *extra: Any) -> str:
+def plans_of(model: torch.nn.Module, *inputs: Any) -> List[Tuple[str, Any]]:
+    """(path, plan) of every transposed convolution in a forward, in the order of execution."""
+    found: List[Tuple[str, Any]] = []
+    names = {id(module): path for path, module in model.named_modules()}
+    inside = {id(module.layer) for module in model.modules() if isinstance(module, tnn.Fused)}
+    handles = []
+
+    def note(module: Any, args: Any) -> None:
+        found.append((names[id(module)], _plan_of(module, *args)))
+
+    kinds: Any = (tnn._TransposedConvolution, tnn.Fused)
+    for module in model.modules():
+        if isinstance(module, kinds) and id(module) not in inside:
+            handles.append(module.register_forward_pre_hook(note))
+    if not handles:
+        raise ValueError("the module contains no transposed convolution of tconv; see tconv.optimize")
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _plan_of(module: Any, x: Tensor, *extra: Any) -> Any:
     if isinstance(module, tnn.Fused):
         arguments = tnn.assemble(module.layer, module._recipe, list(module.ops), x, extra).arguments
         plan = _fused.entry_for(*arguments, save=False).plan
@@ -75,4 +82,4 @@ def _explain_call(module: Any, x: Tensor, *extra: Any) -> str:
         tensors = [t if dtype is None else F._cast(t, dtype) for t in (x, module.weight, module.bias)]
         geometry = (module.stride, module.padding, module.output_padding, module.groups, module.dilation)
         plan = _core.forward_entry(len(module.kernel_size), *tensors, *geometry, module.precision).plan  # type: ignore
-    return "nothing to do: the result has no elements" if plan is None else plan.explain()
+    return plan
