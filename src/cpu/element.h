@@ -10,12 +10,13 @@
 
 namespace tconv::cpu {
 
-inline double half_to_double(std::uint16_t bits) {
-  const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
-  double value = exponent == 0    ? std::ldexp(mantissa, -24)
-                 : exponent == 31 ? (mantissa ? std::nan("") : HUGE_VAL)
-                                  : std::ldexp(1024 + mantissa, exponent - 25);
-  return bits & 0x8000 ? -value : value;
+inline float half_to_float(std::uint16_t bits) {
+  const std::uint32_t magnitude = static_cast<std::uint32_t>(bits & 0x7fff) << 13;
+  // Multiplying moves the exponent and is exact for subnormals; infinity and NaN need all exponent bits.
+  const std::uint32_t value = (bits & 0x7c00) == 0x7c00
+                                  ? magnitude | 0x7f800000u
+                                  : std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
+  return std::bit_cast<float>(value | static_cast<std::uint32_t>(bits & 0x8000) << 16);
 }
 
 // Round to nearest even, straight from double, so that there is one rounding only.
@@ -32,7 +33,7 @@ inline std::uint16_t double_to_half(double value) {
   return static_cast<std::uint16_t>(sign | (((exponent + 13) << 10) + mantissa));  // 1024 carries into the exponent
 }
 
-inline double bfloat_to_double(std::uint16_t bits) {
+inline float bfloat_to_float(std::uint16_t bits) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
 }
 
@@ -53,8 +54,8 @@ inline double load_element(const void* data, DType dtype, std::int64_t index) {
   switch (dtype) {
     case DType::f32: return static_cast<const float*>(data)[index];
     case DType::f64: return static_cast<const double*>(data)[index];
-    case DType::f16: return half_to_double(static_cast<const std::uint16_t*>(data)[index]);
-    case DType::bf16: return bfloat_to_double(static_cast<const std::uint16_t*>(data)[index]);
+    case DType::f16: return half_to_float(static_cast<const std::uint16_t*>(data)[index]);
+    case DType::bf16: return bfloat_to_float(static_cast<const std::uint16_t*>(data)[index]);
   }
   return 0;
 }

@@ -1,0 +1,413 @@
+// phase_gemm — all phases of a tile as small matrix products over staged planes.
+//
+// Computes  forward and grad_input, any rank, parameters, groups, dtype and layout; with pre-activation, bias and the
+//           pointwise operations in front of a normalisation.
+// Method    A tile's source is staged once: planes of fp32 (fp64) rows with zeros outside, channels_last transposed,
+//           grad_output split by stride phase. A tap is then an offset, and rows follow each other, so a run of
+//           positions crosses row ends (those few results are not stored) and narrow images fill whole vectors.
+//           Register tile: result channels by vectors of positions; weights are packed [tap][k][m] and broadcast.
+//           All width phases of a block of result channels are computed, interleaved, finished and stored together.
+// Refuses   grad_weight and epilogues alone; targets above the machine's; f64 mixed with another dtype.
+// Reads as  phase_gemm.h states the formulation, phase_gemm_driver.cpp chooses tiles; here are the loops over one tile.
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/phase_gemm.h"
+
+#include "cpu/rows.h"
+
+namespace tconv::cpu {
+namespace {
+
+int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
+// Register tiles: m result channels by v vectors. 32 registers hold 24 sums, 3 to 6 vectors of the plane and a broadcast
+// weight; 16 registers hold 12.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisterM = 8;
+constexpr int vectors_for(int m) { return m == 8 ? 3 : m == 4 ? 6 : 8; }
+#else
+constexpr int kRegisterM = 4;
+constexpr int vectors_for(int m) { return m == 4 ? 3 : m == 2 ? 5 : 8; }
+#endif
+
+// One register tile: c[m][v] = bias[m] + sum over taps and k of w[tap][k][m] * x[offset[tap] + k * k_pitch + v].
+// Masked: a product counts only where the mask, laid out as one plane, is not zero.
+template <class S, int M, int V, bool Masked>
+void register_tile(const S* x, int64_t k_pitch, const int64_t* offsets, int64_t num_taps, int64_t k_count, const S* w,
+                   const S* bias, S* c, int64_t c_pitch, const S* mask, const int64_t* mask_offsets) {
+  Vec<S> sum[M][V];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    const Vec<S> start = bias ? splat(bias[m]) : Vec<S>{};
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[m][v] = start;
+  }
+  for (int64_t tap = 0; tap < num_taps; ++tap) {
+    const S* at = x + offsets[tap];
+    for (int64_t k = 0; k < k_count; ++k) {
+      Vec<S> plane[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) plane[v] = load(at + v * kLanes<S>);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const Vec<S> weight = splat(w[m]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+          if constexpr (Masked) {
+            const Vec<S> inside = load(mask + mask_offsets[tap] + v * kLanes<S>);
+            sum[m][v] += inside != 0 ? plane[v] * weight : Vec<S>{};
+          } else {
+            sum[m][v] += plane[v] * weight;
+          }
+        }
+      }
+      at += k_pitch;
+      w += M;
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(c + m * c_pitch + v * kLanes<S>, sum[m][v]);
+}
+
+template <class S>
+using TileFunction = void (*)(const S*, int64_t, const int64_t*, int64_t, int64_t, const S*, const S*, S*, int64_t,
+                              const S*, const int64_t*);
+
+template <class S, int M, bool Masked>
+TileFunction<S> tile_function(int vectors) {
+  constexpr int kMax = vectors_for(M);
+  switch (vectors) {
+    case 1: return register_tile<S, M, 1, Masked>;
+    case 2: return register_tile<S, M, 2, Masked>;
+    case 3: return register_tile<S, M, 3, Masked>;
+    case 4: return register_tile<S, M, kMax < 4 ? kMax : 4, Masked>;
+    case 5: return register_tile<S, M, kMax < 5 ? kMax : 5, Masked>;
+    case 6: return register_tile<S, M, kMax < 6 ? kMax : 6, Masked>;
+    case 7: return register_tile<S, M, kMax < 7 ? kMax : 7, Masked>;
+    default: return register_tile<S, M, kMax, Masked>;
+  }
+}
+
+template <class S, bool Masked>
+TileFunction<S> tile_function(int m, int vectors) {
+  switch (m) {
+#if defined(__AVX512F__) || defined(__aarch64__)
+    case 8: return tile_function<S, 8, Masked>(vectors);
+#endif
+    case 4: return tile_function<S, 4, Masked>(vectors);
+    case 2: return tile_function<S, 2, Masked>(vectors);
+    default: return tile_function<S, 1, Masked>(vectors);
+  }
+}
+
+struct Place {
+  int64_t b, g, m0, m1;
+  int64_t q0[3], n[3];
+};
+
+Place place_of(const PhaseGemmTask& task, int64_t item) {
+  Place place;
+  const int64_t chunk = item % task.m_chunks;
+  item /= task.m_chunks;
+  for (int dim = 2; dim >= 0; --dim) {
+    place.q0[dim] = item % task.tiles[dim] * task.tile[dim];
+    place.n[dim] = min_of(task.tile[dim], task.grid[dim] - place.q0[dim]);
+    item /= task.tiles[dim];
+  }
+  place.g = item % task.groups;
+  place.b = item / task.groups;
+  place.m0 = chunk * task.m_chunk;
+  place.m1 = min_of(task.m, place.m0 + task.m_chunk);
+  return place;
+}
+
+template <class S>
+struct Buffers {
+  S *planes, *mask, *sums, *rows, *line;
+  int64_t sums_pitch, row_pitch;
+  int64_t bytes;
+};
+
+template <class S>
+Buffers<S> carve(const PhaseGemmTask& task, void* scratch) {
+  Buffers<S> buffers;
+  int64_t used = 0;
+  auto take = [&](int64_t n) {
+    S* p = scratch ? reinterpret_cast<S*>(static_cast<char*>(scratch) + used) : nullptr;
+    used += round_up((n + kLanes<S>) * static_cast<int64_t>(sizeof(S)), 64);
+    return p;
+  };
+  const int64_t block = min_of(kRegisterM, task.m);
+  constexpr int64_t kSlack = 9 * kLanes<S>;  // a register tile may reach this far beyond the last position
+  buffers.sums_pitch = round_up(task.plane[0] * task.plane[1] * task.plane[2], kLanes<S>) + kLanes<S>;
+  buffers.row_pitch = round_up((task.tile[2] + kLanes<S>) * task.result_step[2], kLanes<S>);
+  buffers.planes = take(task.num_planes * task.k * task.plane_pitch + kSlack);
+  buffers.mask = take(task.masked ? task.num_planes * task.plane_pitch + kSlack : 0);
+  buffers.sums = take(task.result_step[2] * block * buffers.sums_pitch + kSlack);
+  buffers.rows = take(block * buffers.row_pitch + 2 * kLanes<S>);
+  buffers.line = take(max_of(task.source_step[2] * (task.plane[2] + kLanes<S>), task.k) + 2 * kLanes<S>);
+  buffers.bytes = used;
+  return buffers;
+}
+
+template <class S>
+void apply_pre(const PhaseGemmTask& task, S* row, int64_t n) {
+  for (int i = 0; i < task.num_pre; ++i)
+    apply_pointwise<S>(task.pre[i].kind, static_cast<S>(task.pre[i].a), static_cast<S>(task.pre[i].b), nullptr, 0, row,
+                       n);
+}
+
+// Columns [lo, hi) of a plane row lie inside the source when its first column is source column `first` (step apart).
+struct Span {
+  int64_t lo, hi;
+};
+Span inside(int64_t first, int64_t step, int64_t size, int64_t n) {
+  Span span;
+  span.lo = first >= 0 ? 0 : (-first + step - 1) / step;
+  span.hi = first >= size ? 0 : (size - first + step - 1) / step;
+  span.lo = min_of(span.lo, n);
+  span.hi = max_of(span.lo, min_of(span.hi, n));
+  return span;
+}
+
+template <class S>
+void zero(S* row, int64_t n) {
+  if (n > 0) memset(row, 0, static_cast<size_t>(n) * sizeof(S));
+}
+
+template <class S>
+void stage_planes(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers) {
+  const int64_t depth = place.n[0] + task.plane[0] - task.tile[0], height = place.n[1] + task.plane[1] - task.tile[1];
+  const int64_t width = place.n[2] + task.plane[2] - task.tile[2];
+  const int64_t channels = task.groups * task.k;
+  const int64_t positions = task.source_size[0] * task.source_size[1] * task.source_size[2];
+  const int64_t step = task.source_step[2];
+  // Planes come in blocks that share their depth and height phase and differ in the width phase.
+  for (int first = 0, next; first < task.num_planes; first = next) {
+    const int64_t* phase = task.plane_phase + 3 * first;
+    for (next = first + 1; next < task.num_planes; ++next)
+      if (task.plane_phase[3 * next] != phase[0] || task.plane_phase[3 * next + 1] != phase[1]) break;
+    const int64_t column = step * (place.q0[2] + task.first_shift[2]);  // of phase 0
+    const int64_t column_end = column + step * width;
+    const int64_t from = max_of(0, column), until = max_of(from, min_of(task.source_size[2], column_end));
+    auto row_at = [&](int plane, int64_t k, int64_t d, int64_t h) {
+      return buffers.planes + (plane * task.k + k) * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
+    };
+    auto source_row = [&](int64_t d, int64_t h) -> int64_t {  // first position of a source row, or -1
+      const int64_t sd = task.source_step[0] * (place.q0[0] + task.first_shift[0] + d) + phase[0];
+      const int64_t sh = task.source_step[1] * (place.q0[1] + task.first_shift[1] + h) + phase[1];
+      if (sd < 0 || sd >= task.source_size[0] || sh < 0 || sh >= task.source_size[1]) return -1;
+      return (sd * task.source_size[1] + sh) * task.source_size[2];
+    };
+    if (task.layout == Layout::contiguous) {
+      for (int64_t k = 0; k < task.k; ++k) {
+        const int64_t channel = (place.b * channels + place.g * task.k + k) * positions;
+        for (int64_t d = 0; d < depth; ++d)
+          for (int64_t h = 0; h < height; ++h) {
+            const int64_t row = source_row(d, h);
+            if (row < 0 || until == from) {
+              for (int plane = first; plane < next; ++plane) zero(row_at(plane, k, d, h), width);
+              continue;
+            }
+            S* line = step == 1 ? row_at(first, k, d, h) : buffers.line;
+            load_row(task.source, task.dtype, channel + row + from, until - from, line + (from - column));
+            if (task.num_pre) apply_pre(task, line + (from - column), until - from);
+            zero(line, from - column);
+            zero(line + (until - column), column_end - until);
+            if (step == 1) continue;
+            for (int plane = first; plane < next; ++plane)
+              take_every(line + task.plane_phase[3 * plane + 2], step, width, row_at(plane, k, d, h));
+          }
+      }
+    } else {
+      for (int64_t d = 0; d < depth; ++d)
+        for (int64_t h = 0; h < height; ++h) {
+          const int64_t row = source_row(d, h);
+          for (int plane = first; plane < next; ++plane) {
+            const int64_t start = column + task.plane_phase[3 * plane + 2];
+            const Span span = row < 0 ? Span{0, 0} : inside(start, step, task.source_size[2], width);
+            for (int64_t k = 0; k < task.k; ++k) {
+              S* out = row_at(plane, k, d, h);
+              zero(out, span.lo);
+              zero(out + span.hi, width - span.hi);
+            }
+            for (int64_t x = span.lo; x < span.hi; ++x) {
+              const int64_t position = place.b * positions + row + start + step * x;
+              load_row(task.source, task.dtype, position * channels + place.g * task.k, task.k, buffers.line);
+              if (task.num_pre) apply_pre(task, buffers.line, task.k);
+              S* out = row_at(plane, 0, d, h) + x;
+              for (int64_t k = 0; k < task.k; ++k) out[k * task.plane_pitch] = buffers.line[k];
+            }
+          }
+        }
+    }
+    if (!task.masked) continue;
+    for (int plane = first; plane < next; ++plane)
+      for (int64_t d = 0; d < depth; ++d)
+        for (int64_t h = 0; h < height; ++h) {
+          S* out = buffers.mask + plane * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
+          const Span span = source_row(d, h) < 0 ? Span{0, 0}
+                                                 : inside(column + task.plane_phase[3 * plane + 2], step,
+                                                          task.source_size[2], width);
+          for (int64_t x = 0; x < width; ++x) out[x] = x >= span.lo && x < span.hi ? S(1) : S(0);
+        }
+  }
+}
+
+// Products of one block of result channels for one result phase, over all positions of the tile.
+template <class S>
+void multiply(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers, int64_t m0, int block, int phase,
+              S* sums) {
+  const int64_t first_tap = task.phase_taps[phase], num_taps = task.phase_taps[phase + 1] - first_tap;
+  const S* bias = task.bias ? static_cast<const S*>(task.bias) + place.g * task.m + m0 : nullptr;
+  const S* weight = static_cast<const S*>(task.weight) +
+                    ((place.g * task.m + m0) * task.num_taps + first_tap * block) * task.k;
+  // Either one run over the whole tile, or one for each depth, whichever computes fewer vectors.
+  const int64_t slice = task.plane[1] * task.plane[2];
+  const int64_t one_slice = (place.n[1] - 1) * task.plane[2] + place.n[2];
+  const int64_t whole = (place.n[0] - 1) * slice + one_slice;
+  const bool by_depth = place.n[0] * round_up(one_slice, kLanes<S>) < round_up(whole, kLanes<S>);
+  const int64_t runs = by_depth ? place.n[0] : 1, length = by_depth ? one_slice : whole;
+  const int most = block == 8 ? vectors_for(8) : block == 4 ? vectors_for(4) : block == 2 ? vectors_for(2) : vectors_for(1);
+  for (int64_t run = 0; run < runs; ++run) {
+    for (int64_t vector = 0, vectors = (length + kLanes<S> - 1) / kLanes<S>; vector < vectors;) {
+      // The last two tiles of a run share what is left, so that none is thin.
+      const int64_t left = vectors - vector;
+      const int count = static_cast<int>(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
+      const int64_t at = run * slice + vector * kLanes<S>;
+      if (task.masked)
+        tile_function<S, true>(block, count)(buffers.planes + at, task.plane_pitch, task.tap_offset + first_tap,
+                                             num_taps, task.k, weight, bias, sums + at, buffers.sums_pitch,
+                                             buffers.mask + at, task.mask_offset + first_tap);
+      else
+        tile_function<S, false>(block, count)(buffers.planes + at, task.plane_pitch, task.tap_offset + first_tap,
+                                              num_taps, task.k, weight, bias, sums + at, buffers.sums_pitch, nullptr,
+                                              nullptr);
+      vector += count;
+    }
+  }
+}
+
+// Interleaves the width phases of a block of result channels, applies the operations and stores the rows.
+template <class S>
+void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers, int64_t m0, int block,
+                 int64_t phase_d, int64_t phase_h) {
+  const int64_t channels = task.groups * task.m, c0 = place.g * task.m + m0, step = task.result_step[2];
+  const int64_t positions = task.result_size[0] * task.result_size[1] * task.result_size[2];
+  const int64_t column = step * place.q0[2];
+  const int64_t width = min_of(step * place.n[2], task.result_size[2] - column);
+  for (int64_t d = 0; d < place.n[0]; ++d) {
+    const int64_t rd = task.result_step[0] * (place.q0[0] + d) + phase_d;
+    if (rd >= task.result_size[0]) break;
+    for (int64_t h = 0; h < place.n[1]; ++h) {
+      const int64_t rh = task.result_step[1] * (place.q0[1] + h) + phase_h;
+      if (rh >= task.result_size[1]) break;
+      const int64_t position = (rd * task.result_size[1] + rh) * task.result_size[2] + column;
+      for (int m = 0; m < block; ++m) {
+        const S* from = buffers.sums + m * buffers.sums_pitch + (d * task.plane[1] + h) * task.plane[2];
+        S* row = buffers.rows + m * buffers.row_pitch;
+        const int64_t start = (place.b * channels + c0 + m) * positions + position;
+        if (step == 1 && task.num_ops == 0 && task.layout == Layout::contiguous) {
+          store_row(from, task.result, task.result_dtype, start, width);
+          continue;
+        }
+        if (step == 1)
+          memcpy(row, from, static_cast<size_t>(width) * sizeof(S));
+        else
+          interleave(from, block * buffers.sums_pitch, step, place.n[2], row);
+        for (int i = 0; i < task.num_ops; ++i) {
+          const PhaseOp& op = task.ops[i];
+          const S* operand = op.operand == OperandKind::channel ? static_cast<const S*>(op.values) + c0 + m : nullptr;
+          if (op.operand == OperandKind::tensor) {
+            // The line is free: staging is over.
+            S element[kLanes<S> + 1], *values = buffers.line;
+            const int64_t piece = min_of(task.source_step[2] * (task.plane[2] + kLanes<S>), kLanes<S> * 4);
+            for (int64_t x = 0; x < width; x += piece) {
+              const int64_t n = min_of(piece, width - x);
+              if (task.layout == Layout::contiguous) {
+                load_row(op.values, task.dtype, start + x, n, values);
+              } else {
+                for (int64_t i0 = 0; i0 < n; ++i0) {
+                  load_row(op.values, task.dtype, (place.b * positions + position + x + i0) * channels + c0 + m, 1,
+                           element);
+                  values[i0] = element[0];
+                }
+              }
+              S last[kLanes<S>];  // a rounded-up piece must not touch the next one
+              const int64_t whole = round_up(n, kLanes<S>);
+              if (x + n < width && whole != n) memcpy(last, row + x + n, static_cast<size_t>(whole - n) * sizeof(S));
+              apply_pointwise<S>(op.kind, static_cast<S>(op.a), static_cast<S>(op.b), values, 1, row + x, n);
+              if (x + n < width && whole != n) memcpy(row + x + n, last, static_cast<size_t>(whole - n) * sizeof(S));
+            }
+          } else {
+            apply_pointwise<S>(op.kind, static_cast<S>(op.a), static_cast<S>(op.b), operand, 0, row, width);
+          }
+        }
+        if (task.layout == Layout::contiguous) store_row(row, task.result, task.result_dtype, start, width);
+      }
+      if (task.layout == Layout::channels_last) {
+        S values[kRegisterM + kLanes<S>] = {};
+        for (int64_t x = 0; x < width; ++x) {
+          for (int m = 0; m < block; ++m) values[m] = buffers.rows[m * buffers.row_pitch + x];
+          store_row(values, task.result, task.result_dtype, (place.b * positions + position + x) * channels + c0, block);
+        }
+      }
+    }
+  }
+}
+
+template <class S>
+void run_typed(const PhaseGemmTask& task, int64_t item, void* scratch) {
+  const Place place = place_of(task, item);
+  const Buffers<S> buffers = carve<S>(task, scratch);
+  stage_planes(task, place, buffers);
+  const int64_t* step = task.result_step;
+  for (int64_t m0 = place.m0; m0 < place.m1;) {
+    int block = kRegisterM;
+    while (block > place.m1 - m0) block /= 2;
+    for (int64_t phase_d = 0; phase_d < step[0]; ++phase_d)
+      for (int64_t phase_h = 0; phase_h < step[1]; ++phase_h) {
+        for (int64_t phase_w = 0; phase_w < step[2]; ++phase_w)
+          multiply(task, place, buffers, m0, block,
+                   static_cast<int>((phase_d * step[1] + phase_h) * step[2] + phase_w),
+                   buffers.sums + phase_w * block * buffers.sums_pitch);
+        store_block(task, place, buffers, m0, block, phase_d, phase_h);
+      }
+    m0 += block;
+  }
+}
+
+void run(const PhaseGemmTask& task, int64_t item, void* scratch) {
+  if (task.dtype == DType::f64)
+    run_typed<double>(task, item, scratch);
+  else
+    run_typed<float>(task, item, scratch);
+}
+
+int64_t scratch_bytes(const PhaseGemmTask& task) {
+  return task.dtype == DType::f64 ? carve<double>(task, nullptr).bytes : carve<float>(task, nullptr).bytes;
+}
+
+constexpr PhaseGemmLoops kLoops = {Isa::TCONV_TARGET, kRegisterM, run, scratch_bytes};
+
+Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config&) {
+  return fit_phase_gemm(problem, epilogue, device, Isa::TCONV_TARGET);
+}
+void prepare(Step& step) { prepare_phase_gemm(step, Isa::TCONV_TARGET); }
+void launch(const Step& step, const Tensors& tensors, Stream stream) {
+  launch_phase_gemm(step, tensors, stream, kLoops);
+}
+
+constexpr Config kConfigs[] = {{}};
+
+}  // namespace
+
+#define TCONV_NAME_OF(name) #name
+#define TCONV_NAME(name) TCONV_NAME_OF(name)
+extern const Kernel TCONV_KERNEL;
+const Kernel TCONV_KERNEL = {TCONV_NAME(TCONV_KERNEL), kConfigs, fit, nullptr, prepare, launch};
+
+}  // namespace tconv::cpu

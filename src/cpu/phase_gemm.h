@@ -1,0 +1,68 @@
+// phase_gemm.h — what the portable half (phase_gemm_driver.cpp: tiles, packing, threads) and the target-compiled half
+// (phase_gemm.cpp: staging, register tiles, stores) tell each other. Plain data only.
+//
+// One formulation serves forward and grad_input. A grid of positions q is cut into tiles. Per dimension
+//   source coordinate = source_step * (q + shift) + source phase        forward: step 1; grad_input: the stride
+//   result coordinate = result_step * q + result phase                  forward: the stride; grad_input: step 1
+// A tile's source is staged as planes [source phase][channel][d][h][w] of arithmetic type S with zeros outside, so that
+// every tap is an offset into the planes and result[m][q] = sum over taps and k of weight[tap][k][m] * plane[k][q + offset].
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "kernel.h"
+
+namespace tconv::cpu {
+
+struct PhaseOp {
+  OpKind kind;
+  OperandKind operand;
+  double a, b;
+  const void* values;  // channel: one S per channel; tensor: elements of the problem's dtype
+};
+
+struct PhaseGemmTask {
+  DType dtype, result_dtype;
+  Layout layout;
+  std::int64_t batch, groups, k, m;  // k source and m result channels per group
+  const void* source;
+  void* result;
+  std::int64_t source_size[3], result_size[3];
+  std::int64_t source_step[3], result_step[3];
+  // Tiles of the grid
+  std::int64_t grid[3], tile[3], tiles[3];
+  std::int64_t m_chunk, m_chunks;  // result channels of one item, a multiple of the register tile
+  // Staged planes
+  std::int64_t first_shift[3];                      // shift of the planes' first row and column
+  std::int64_t plane[3];                            // extents of a plane
+  std::int64_t plane_pitch;                         // elements from one channel's plane to the next
+  int num_planes;                                   // source phases that are used
+  const std::int64_t* plane_phase;                  // [plane][3]
+  // Taps, sorted by result phase
+  const int* phase_taps;                            // [phase]: first tap; one more entry at the end
+  const std::int64_t* tap_offset;                   // [tap]: from the plane's origin to the tap's first element
+  const std::int64_t* mask_offset;                  // [tap]: the same into the mask, which has one plane per phase
+  std::int64_t num_taps;
+  const void* weight;                               // packed S: [group][m block][tap][k][m of the block]
+  bool masked;  // a weight is not finite: zeros outside the source must not be multiplied
+  // Epilogue
+  const PhaseOp* pre;
+  int num_pre;
+  const void* bias;  // S per channel, or null
+  const PhaseOp* ops;
+  int num_ops;
+};
+
+struct PhaseGemmLoops {
+  Isa target;
+  int register_m;  // largest register tile
+  void (*run)(const PhaseGemmTask&, std::int64_t item, void* scratch);
+  std::int64_t (*scratch_bytes)(const PhaseGemmTask&);
+};
+
+Fit fit_phase_gemm(const Problem&, const Epilogue&, const Device&, Isa target);
+void prepare_phase_gemm(Step&, Isa target);
+void launch_phase_gemm(const Step&, const Tensors&, Stream, const PhaseGemmLoops&);
+
+}  // namespace tconv::cpu

@@ -1,0 +1,409 @@
+// phase_gemm_driver.cpp — the portable half of phase_gemm: taps, tiles, packed weights, threads.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "cpu/element.h"
+#include "cpu/parallel.h"
+#include "cpu/phase_gemm.h"
+#include "lattice.h"
+
+namespace tconv::cpu {
+namespace {
+
+// A tap of one dimension: which phases and which shift (phase_gemm.h).
+struct DimTap {
+  int tap, result_phase, source_phase, shift;
+};
+
+struct Geometry {
+  PhaseGemmTask task{};
+  std::vector<std::int64_t> plane_phase, tap_offset, mask_offset;
+  std::vector<int> phase_taps;
+  std::vector<int> tap_order;  // [sorted] -> index of the tap in the weight tensor
+  double cycles = 0;           // of one core, predicted, all items
+  double critical_cycles = 0;  // of the busiest core
+};
+
+std::vector<DimTap> dim_taps(const Problem& problem, int dim) {
+  std::vector<DimTap> taps;
+  const std::int64_t s = problem.stride[dim];
+  if (problem.direction == Direction::forward) {
+    const LatticeDim table = lattice(problem, dim);
+    for (int r = 0; r < static_cast<int>(s); ++r)
+      for (const Tap& tap : table.phases[static_cast<std::size_t>(r)]) taps.push_back({tap.tap, r, 0, tap.shift});
+    return taps;
+  }
+  for (int t = 0; t < static_cast<int>(problem.kernel[dim]); ++t) {
+    const std::int64_t offset = problem.dilation[dim] * t - problem.padding[dim];
+    const std::int64_t r = (offset % s + s) % s;
+    taps.push_back({t, 0, static_cast<int>(r), static_cast<int>((offset - r) / s)});
+  }
+  return taps;
+}
+
+int lanes_of(Isa target, bool f64) {
+  const int bytes = target == Isa::avx512 ? 64 : target == Isa::avx2 ? 32 : 16;
+  return bytes / (f64 ? 8 : 4);
+}
+
+// What the tile search needs to know about the layer.
+struct Layer {
+  std::int64_t grid[3], range[3], result_step[3];
+  double phases, planes, taps, k, m, batch_groups;
+  int lanes, cores, register_m;
+  double element_bytes, l2_bytes;
+  bool channels_last;
+};
+
+// Cycles of one core for one tile; the constants are fitted on a Zen 5 core with AVX-512.
+double tile_cycles(const Layer& layer, const std::int64_t* tile, double m) {
+  double plane = 1;
+  for (int dim = 0; dim < 3; ++dim) plane *= static_cast<double>(tile[dim] + layer.range[dim]);
+  const double pitch_h = static_cast<double>(tile[2] + layer.range[2]);
+  const double slice = pitch_h * static_cast<double>(tile[1] + layer.range[1]);
+  const double one = static_cast<double>(tile[1] - 1) * pitch_h + static_cast<double>(tile[2]);
+  const double whole = static_cast<double>(tile[0] - 1) * slice + one;
+  const double vectors = std::min(static_cast<double>(tile[0]) * std::ceil(one / layer.lanes), std::ceil(whole / layer.lanes));
+  const double positions = static_cast<double>(tile[0] * tile[1] * tile[2]);
+  const double rows = layer.k * layer.planes * static_cast<double>((tile[0] + layer.range[0]) * (tile[1] + layer.range[1]));
+  const double staged = layer.k * layer.planes * plane;
+  double stage = rows * 14 + staged / layer.lanes * (layer.planes > 1 ? 4 : 2.5);
+  if (layer.channels_last) stage = rows * 14 + staged * 1.2;
+  const double bytes = staged * layer.element_bytes;
+  const double spill = bytes < 0.4 * layer.l2_bytes ? 1.0 : bytes < 0.8 * layer.l2_bytes ? 1.08 : bytes < 1.5 * layer.l2_bytes ? 1.25 : 1.6;
+  // A tile of one vector has a chain of dependent sums per channel only.
+  const double thin = vectors < 2 ? 1.8 : vectors < 3 ? 1.2 : 1.0;
+  const double per_fma = m >= 4 ? 0.55 : m >= 2 ? 0.7 : 1.0;
+  const double multiply = vectors * layer.taps * layer.k * m * per_fma * spill * thin;
+  const double calls = layer.phases * std::ceil(m / layer.register_m) * std::ceil(vectors / 3);
+  const double result_rows = layer.phases * m * static_cast<double>(tile[0] * tile[1]) / static_cast<double>(layer.result_step[2]);
+  double store = result_rows * 16 + layer.phases * m * positions / layer.lanes * 4;
+  if (layer.channels_last) store = layer.phases * m * positions * 1.0;
+  return 300 + stage + multiply + calls * 20 + store;
+}
+
+std::vector<std::int64_t> tile_candidates(std::int64_t extent, std::int64_t multiple) {
+  std::vector<std::int64_t> sizes;
+  for (std::int64_t parts = 1; parts <= extent; parts += std::max<std::int64_t>(1, parts / 3)) {
+    std::int64_t size = (extent + parts - 1) / parts;
+    if (multiple > 1 && parts > 1) size = (size + multiple - 1) / multiple * multiple;
+    if (sizes.empty() || size < sizes.back()) sizes.push_back(size);
+    if (size <= multiple) break;
+  }
+  return sizes;
+}
+
+void choose_tile(const Layer& layer, Geometry& geometry) {
+  PhaseGemmTask& task = geometry.task;
+  double best = HUGE_VAL;
+  for (std::int64_t w : tile_candidates(layer.grid[2], layer.lanes))
+    for (std::int64_t h : tile_candidates(layer.grid[1], 1))
+      for (std::int64_t d : tile_candidates(layer.grid[0], 1)) {
+        const std::int64_t tile[3] = {d, h, w};
+        double items = layer.batch_groups, plane = layer.k * layer.planes * layer.element_bytes;
+        for (int dim = 0; dim < 3; ++dim) {
+          items *= static_cast<double>((layer.grid[dim] + tile[dim] - 1) / tile[dim]);
+          plane *= static_cast<double>(tile[dim] + layer.range[dim]);
+        }
+        if (plane > 3.0 * layer.l2_bytes && (w > layer.lanes || h > 1 || d > 1)) continue;
+        for (std::int64_t chunks = 1; chunks <= 16; chunks *= 2) {
+          const std::int64_t blocks = (static_cast<std::int64_t>(layer.m) + layer.register_m - 1) / layer.register_m;
+          if (chunks > blocks) break;
+          const double chunk = static_cast<double>((blocks + chunks - 1) / chunks * layer.register_m);
+          const double cycles = tile_cycles(layer, tile, std::min(chunk, layer.m));
+          const double rounds = std::ceil(items * static_cast<double>(chunks) / layer.cores);
+          const double critical = rounds * cycles;
+          if (critical >= best) continue;
+          best = critical;
+          geometry.critical_cycles = critical;
+          geometry.cycles = items * static_cast<double>(chunks) * cycles;
+          std::copy_n(tile, 3, task.tile);
+          task.m_chunk = static_cast<std::int64_t>(chunk);
+        }
+      }
+}
+
+// Everything that does not depend on pointers.
+std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& device, Isa target) {
+  auto geometry = std::make_shared<Geometry>();
+  PhaseGemmTask& task = geometry->task;
+  const bool forward = problem.direction == Direction::forward;
+  const Dims out = output_size(problem);
+  task.dtype = problem.dtype;
+  task.layout = problem.layout;
+  task.batch = problem.batch;
+  task.groups = problem.groups;
+  task.k = (forward ? problem.in_channels : problem.out_channels) / problem.groups;
+  task.m = (forward ? problem.out_channels : problem.in_channels) / problem.groups;
+  std::vector<DimTap> taps[3];
+  std::vector<int> phases[3];  // used source phases
+  std::int64_t range[3];
+  int num_result_phases = 1;
+  for (int dim = 0; dim < 3; ++dim) {
+    task.source_size[dim] = forward ? problem.input[dim] : out[dim];
+    task.result_size[dim] = forward ? out[dim] : problem.input[dim];
+    task.source_step[dim] = forward ? 1 : problem.stride[dim];
+    task.result_step[dim] = forward ? problem.stride[dim] : 1;
+    task.grid[dim] = (task.result_size[dim] + task.result_step[dim] - 1) / task.result_step[dim];
+    num_result_phases *= static_cast<int>(task.result_step[dim]);
+    taps[dim] = dim_taps(problem, dim);
+    int low = taps[dim].front().shift, high = low;
+    for (const DimTap& tap : taps[dim]) {
+      low = std::min(low, tap.shift);
+      high = std::max(high, tap.shift);
+      if (std::find(phases[dim].begin(), phases[dim].end(), tap.source_phase) == phases[dim].end())
+        phases[dim].push_back(tap.source_phase);
+    }
+    std::sort(phases[dim].begin(), phases[dim].end());
+    task.first_shift[dim] = low;
+    range[dim] = high - low;
+  }
+  for (int d : phases[0])
+    for (int h : phases[1])
+      for (int w : phases[2]) geometry->plane_phase.insert(geometry->plane_phase.end(), {d, h, w});
+  task.num_planes = static_cast<int>(geometry->plane_phase.size() / 3);
+  task.plane_phase = geometry->plane_phase.data();
+  task.num_taps = volume(problem.kernel);
+
+  Layer layer{};
+  for (int dim = 0; dim < 3; ++dim) {
+    layer.grid[dim] = std::max<std::int64_t>(1, task.grid[dim]);
+    layer.range[dim] = range[dim];
+    layer.result_step[dim] = task.result_step[dim];
+  }
+  const bool f64 = problem.dtype == DType::f64;
+  layer.phases = num_result_phases;
+  layer.planes = task.num_planes;
+  layer.taps = static_cast<double>(task.num_taps);
+  layer.k = static_cast<double>(task.k);
+  layer.m = static_cast<double>(std::max<std::int64_t>(1, task.m));
+  layer.batch_groups = static_cast<double>(problem.batch * problem.groups);
+  layer.lanes = lanes_of(target, f64);
+  layer.cores = std::max(1, device.cores);
+  layer.register_m = target == Isa::avx512 ? 8 : 4;
+  layer.element_bytes = f64 ? 8 : 4;
+  layer.l2_bytes = static_cast<double>(device.l2_bytes);
+  layer.channels_last = problem.layout == Layout::channels_last;
+  choose_tile(layer, *geometry);
+
+  std::int64_t items = task.batch * task.groups;
+  for (int dim = 0; dim < 3; ++dim) {
+    task.tiles[dim] = (task.grid[dim] + task.tile[dim] - 1) / task.tile[dim];
+    task.plane[dim] = task.tile[dim] + range[dim];
+    items *= task.tiles[dim];
+  }
+  task.m_chunks = task.m == 0 ? 0 : (task.m + task.m_chunk - 1) / task.m_chunk;
+  task.plane_pitch = task.plane[0] * task.plane[1] * task.plane[2];
+  // Off multiples of 16 elements: planes one page apart would share cache sets.
+  task.plane_pitch = (task.plane_pitch + 15) / 16 * 16 + 16;
+
+  const std::int64_t mask_pitch = task.plane_pitch;
+  for (std::int64_t rd = 0; rd < task.result_step[0]; ++rd)
+    for (std::int64_t rh = 0; rh < task.result_step[1]; ++rh)
+      for (std::int64_t rw = 0; rw < task.result_step[2]; ++rw) {
+        geometry->phase_taps.push_back(static_cast<int>(geometry->tap_order.size()));
+        for (const DimTap& td : taps[0])
+          for (const DimTap& th : taps[1])
+            for (const DimTap& tw : taps[2]) {
+              if (td.result_phase != rd || th.result_phase != rh || tw.result_phase != rw) continue;
+              auto index = [&](int dim, int phase) {
+                return std::find(phases[dim].begin(), phases[dim].end(), phase) - phases[dim].begin();
+              };
+              const std::int64_t plane =
+                  (index(0, td.source_phase) * static_cast<std::int64_t>(phases[1].size()) + index(1, th.source_phase)) *
+                      static_cast<std::int64_t>(phases[2].size()) +
+                  index(2, tw.source_phase);
+              const std::int64_t offset =
+                  ((td.shift - task.first_shift[0]) * task.plane[1] + th.shift - task.first_shift[1]) * task.plane[2] +
+                  tw.shift - task.first_shift[2];
+              geometry->tap_order.push_back(
+                  static_cast<int>((td.tap * problem.kernel[1] + th.tap) * problem.kernel[2] + tw.tap));
+              geometry->tap_offset.push_back(plane * task.k * task.plane_pitch + offset);
+              geometry->mask_offset.push_back(plane * mask_pitch + offset);
+            }
+      }
+  geometry->phase_taps.push_back(static_cast<int>(geometry->tap_order.size()));
+  task.phase_taps = geometry->phase_taps.data();
+  task.tap_offset = geometry->tap_offset.data();
+  task.mask_offset = geometry->mask_offset.data();
+  return geometry;
+}
+
+std::size_t round_up(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Packed weights, the bias and channel operands, in this order.
+std::size_t workspace_bytes(const Problem& problem, const Epilogue& epilogue) {
+  const std::size_t element = problem.dtype == DType::f64 ? 8 : 4;
+  std::size_t bytes = round_up(static_cast<std::size_t>(weight_elements(problem)) * element + 64);
+  bytes += (1 + epilogue.ops.size()) * round_up(static_cast<std::size_t>(problem.out_channels) * element);
+  return bytes;
+}
+
+template <class From, class S, class Convert>
+bool pack_block(const Problem& problem, const Geometry& geometry, const From* weight, std::int64_t g, std::int64_t m0,
+                std::int64_t block, S* packed, Convert convert) {
+  const PhaseGemmTask& task = geometry.task;
+  const std::int64_t taps = task.num_taps, k_count = task.k;
+  const bool forward = problem.direction == Direction::forward;
+  const std::int64_t k_stride = (forward ? task.m : 1) * taps, m_stride = (forward ? 1 : task.k) * taps;
+  weight += g * task.k * task.m * taps + m0 * m_stride;
+  S* out = packed + (g * task.m + m0) * taps * k_count;
+  S nonfinite = 0;
+  const int* order = geometry.tap_order.data();
+  // Sixteen taps at a time keep both the reads and the writes within a few open lines.
+  for (std::int64_t t0 = 0; t0 < taps; t0 += 16) {
+    const std::int64_t t1 = std::min(taps, t0 + 16);
+    for (std::int64_t k = 0; k < k_count; ++k)
+      for (std::int64_t m = 0; m < block; ++m) {
+        const From* from = weight + k * k_stride + m * m_stride;
+        for (std::int64_t t = t0; t < t1; ++t) {
+          const S value = convert(from[order[t]]);
+          nonfinite += value * 0;
+          out[(t * k_count + k) * block + m] = value;
+        }
+      }
+  }
+  return nonfinite == 0;
+}
+
+// Returns whether every weight is finite.
+bool pack_weights(const Problem& problem, const Geometry& geometry, const void* weight, void* packed, int register_m,
+                  int threads) {
+  const PhaseGemmTask& task = geometry.task;
+  const std::int64_t blocks = (task.m + register_m - 1) / register_m;
+  std::atomic<bool> finite{true};
+  parallel_for(task.groups * blocks, threads, [&](std::int64_t item) {
+    const std::int64_t g = item / blocks;
+    std::int64_t m0 = item % blocks * register_m;
+    const std::int64_t m1 = std::min<std::int64_t>(task.m, m0 + register_m);
+    while (m0 < m1) {  // the last block splits into powers of two, as the register tiles do
+      std::int64_t block = register_m;
+      while (block > m1 - m0) block /= 2;
+      bool good = true;
+      switch (problem.dtype) {
+        case DType::f32:
+          good = pack_block(problem, geometry, static_cast<const float*>(weight), g, m0, block,
+                            static_cast<float*>(packed), [](float x) { return x; });
+          break;
+        case DType::f64:
+          good = pack_block(problem, geometry, static_cast<const double*>(weight), g, m0, block,
+                            static_cast<double*>(packed), [](double x) { return x; });
+          break;
+        case DType::f16:
+          good = pack_block(problem, geometry, static_cast<const std::uint16_t*>(weight), g, m0, block,
+                            static_cast<float*>(packed), [](std::uint16_t x) { return half_to_float(x); });
+          break;
+        case DType::bf16:
+          good = pack_block(problem, geometry, static_cast<const std::uint16_t*>(weight), g, m0, block,
+                            static_cast<float*>(packed), [](std::uint16_t x) { return bfloat_to_float(x); });
+          break;
+      }
+      if (!good) finite.store(false, std::memory_order_relaxed);
+      m0 += block;
+    }
+  });
+  return finite.load();
+}
+
+}  // namespace
+
+Fit fit_phase_gemm(const Problem& problem, const Epilogue& epilogue, const Device& device, Isa target) {
+  Fit fit;
+  if (problem.direction != Direction::forward && problem.direction != Direction::grad_input) {
+    fit.refusal = "computes forward and grad_input only";
+    return fit;
+  }
+  if (device.isa < target) {
+    fit.refusal = "needs an instruction set that this machine lacks";
+    return fit;
+  }
+  const DType operands = epilogue.operand_dtype.value_or(problem.dtype);
+  const DType output = epilogue.output_dtype.value_or(problem.dtype);
+  if ((problem.dtype == DType::f64) != (operands == DType::f64) ||
+      (problem.dtype == DType::f64) != (output == DType::f64)) {
+    fit.refusal = "f64 cannot be mixed with another dtype";
+    return fit;
+  }
+  const int norm = norm_index(epilogue);
+  fit.fused_ops = norm < 0 ? static_cast<int>(epilogue.ops.size()) : norm;
+  fit.fused_pre = true;
+  fit.workspace_bytes = workspace_bytes(problem, epilogue);
+  const std::shared_ptr<Geometry> geometry = make_geometry(problem, device, target);
+  // fp32_tflops counts both FMA pipes of every core at the machine's own vector width.
+  const double flops_per_cycle = device.isa == Isa::avx512 ? 64 : device.isa == Isa::avx2 ? 32 : 16;
+  const double cycles_per_us = std::max(500.0, device.fp32_tflops * 1e6 / device.cores / flops_per_cycle);
+  const double pack = static_cast<double>(weight_elements(problem)) * 3 / device.cores;
+  const double chain = static_cast<double>(output_elements(problem)) * fit.fused_ops * 12 /
+                       lanes_of(target, problem.dtype == DType::f64) / device.cores;
+  const double compute = (geometry->critical_cycles + pack + chain) / cycles_per_us;
+  const double memory = minimum_bytes(problem) / (device.bandwidth_tbs * 1e6);
+  fit.microseconds = 4 + std::max(compute, memory);
+  return fit;
+}
+
+void prepare_phase_gemm(Step& step, Isa target) { step.state = make_geometry(step.problem, step.device, target); }
+
+void launch_phase_gemm(const Step& step, const Tensors& tensors, Stream stream, const PhaseGemmLoops& loops) {
+  const Problem& problem = step.problem;
+  const Epilogue& epilogue = step.epilogue;
+  const int threads = resolve_threads(stream.num_threads);
+  std::shared_ptr<Geometry> own;
+  const Geometry* geometry = static_cast<const Geometry*>(step.state.get());
+  if (!geometry) {
+    own = make_geometry(problem, step.device, loops.target);
+    geometry = own.get();
+  }
+  PhaseGemmTask task = geometry->task;
+  std::vector<char> own_workspace;
+  char* workspace = static_cast<char*>(tensors.workspace);
+  if (!workspace) {
+    own_workspace.resize(workspace_bytes(problem, epilogue) + 64);
+    workspace = own_workspace.data() + (64 - reinterpret_cast<std::uintptr_t>(own_workspace.data()) % 64);
+  }
+  const std::size_t element = problem.dtype == DType::f64 ? 8 : 4;
+  const DType arithmetic = problem.dtype == DType::f64 ? DType::f64 : DType::f32;
+  task.weight = workspace;
+  workspace += round_up(static_cast<std::size_t>(weight_elements(problem)) * element + 64);
+  const bool finite =
+      pack_weights(problem, *geometry, tensors.weight, const_cast<void*>(task.weight), loops.register_m, threads);
+  task.masked = !finite;
+  const bool forward = problem.direction == Direction::forward;
+  task.source = forward ? tensors.input : tensors.grad_output;
+  task.result = tensors.output;
+  task.result_dtype = epilogue.output_dtype.value_or(problem.dtype);
+  auto channel_values = [&](const void* source, DType dtype) -> const void* {
+    void* values = workspace;
+    workspace += round_up(static_cast<std::size_t>(problem.out_channels) * element);
+    if (dtype == arithmetic) return source;
+    for (std::int64_t c = 0; c < problem.out_channels; ++c)
+      store_element(values, arithmetic, c, load_element(source, dtype, c));
+    return values;
+  };
+  if (epilogue.bias) task.bias = channel_values(tensors.bias, problem.dtype);
+  std::vector<PhaseOp> ops;
+  ops.reserve(epilogue.pre.size() + epilogue.ops.size());
+  for (const Op& op : epilogue.pre) ops.push_back({op.kind, OperandKind::none, op.a, op.b, nullptr});
+  for (int index = 0; index < static_cast<int>(epilogue.ops.size()); ++index) {
+    const Op& op = epilogue.ops[index];
+    PhaseOp entry{op.kind, operand_kind(op.kind), op.a, op.b, nullptr};
+    const void* operand = entry.operand == OperandKind::none ? nullptr : tensors.operands[operand_offset(epilogue, index)];
+    if (entry.operand == OperandKind::channel)
+      entry.values = channel_values(operand, epilogue.operand_dtype.value_or(problem.dtype));
+    else
+      entry.values = operand;
+    ops.push_back(entry);
+  }
+  task.pre = ops.data();
+  task.num_pre = static_cast<int>(epilogue.pre.size());
+  task.ops = ops.data() + task.num_pre;
+  task.num_ops = static_cast<int>(epilogue.ops.size());
+  const std::int64_t items = task.batch * task.groups * task.tiles[0] * task.tiles[1] * task.tiles[2] * task.m_chunks;
+  const std::int64_t scratch_bytes = loops.scratch_bytes(task);
+  parallel_for(items, threads, [&](std::int64_t item) { loops.run(task, item, thread_scratch(scratch_bytes)); });
+}
+
+}  // namespace tconv::cpu

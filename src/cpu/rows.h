@@ -1,0 +1,93 @@
+// rows.h — moving tiles between tensors and planes of rows; for files that are compiled once per target.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace tconv::cpu {
+namespace {
+
+// row[step * q + r] = phases[r * pitch + q] for q in [0, n). Writes up to one vector per phase beyond step * n.
+template <class S>
+void interleave(const S* phases, int64_t pitch, int64_t step, int64_t n, S* row) {
+  if (step == 2) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+    for (int64_t q = 0; q < n; q += kLanes<S>) {
+      const Vec<S> a = load(phases + q), b = load(phases + pitch + q);
+      if constexpr (kLanes<S> == 16) {
+        store(row + 2 * q, __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+        store(row + 2 * q + 16,
+              __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+      } else if constexpr (kLanes<S> == 8) {
+        store(row + 2 * q, __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11));
+        store(row + 2 * q + 8, __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15));
+      } else if constexpr (kLanes<S> == 4) {
+        store(row + 2 * q, __builtin_shufflevector(a, b, 0, 4, 1, 5));
+        store(row + 2 * q + 4, __builtin_shufflevector(a, b, 2, 6, 3, 7));
+      } else {
+        store(row + 2 * q, __builtin_shufflevector(a, b, 0, 2));
+        store(row + 2 * q + 2, __builtin_shufflevector(a, b, 1, 3));
+      }
+    }
+    return;
+#endif
+  }
+#if defined(__AVX512F__)
+  // A block of 16 q gives `step` result vectors; each lane of a result vector comes from one phase's block.
+  if constexpr (sizeof(S) == 4) {
+    if (step <= 8) {
+      __m512i index[8];
+      __mmask16 mask[8][8];
+      for (int64_t j = 0; j < step; ++j) {
+        alignas(64) int32_t lanes[16];
+        for (int r = 0; r < step; ++r) mask[j][r] = 0;
+        for (int l = 0; l < 16; ++l) {
+          const int64_t at = 16 * j + l;
+          lanes[l] = static_cast<int32_t>(at / step);
+          mask[j][at % step] = static_cast<__mmask16>(mask[j][at % step] | (1u << l));
+        }
+        index[j] = _mm512_load_si512(lanes);
+      }
+      for (int64_t q = 0; q < n; q += 16) {
+        __m512 block[8];
+        for (int64_t r = 0; r < step; ++r) block[r] = _mm512_loadu_ps(phases + r * pitch + q);
+        for (int64_t j = 0; j < step; ++j) {
+          __m512 v = _mm512_setzero_ps();
+          for (int64_t r = 0; r < step; ++r) v = _mm512_mask_permutexvar_ps(v, mask[j][r], index[j], block[r]);
+          _mm512_storeu_ps(row + step * q + 16 * j, v);
+        }
+      }
+      return;
+    }
+  }
+#endif
+  for (int64_t r = 0; r < step; ++r)
+    for (int64_t q = 0; q < n; ++q) row[step * q + r] = phases[r * pitch + q];
+}
+
+// to[q] = from[step * q] for q in [0, n).
+template <class S>
+void take_every(const S* from, int64_t step, int64_t n, S* to) {
+  if (step == 2) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+    int64_t q = 0;
+    for (; q + kLanes<S> < n; q += kLanes<S>) {  // the last block would read beyond the row
+      const Vec<S> a = load(from + 2 * q), b = load(from + 2 * q + kLanes<S>);
+      if constexpr (kLanes<S> == 16)
+        store(to + q, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+      else if constexpr (kLanes<S> == 8)
+        store(to + q, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+      else if constexpr (kLanes<S> == 4)
+        store(to + q, __builtin_shufflevector(a, b, 0, 2, 4, 6));
+      else
+        store(to + q, __builtin_shufflevector(a, b, 0, 2));
+    }
+    for (; q < n; ++q) to[q] = from[2 * q];
+    return;
+#endif
+  }
+  for (int64_t q = 0; q < n; ++q) to[q] = from[step * q];
+}
+
+}  // namespace
+}  // namespace tconv::cpu
