@@ -26,6 +26,7 @@ struct PhaseGemmTask {
   DType dtype, result_dtype;
   Layout layout;
   std::int64_t batch, groups, k, m;  // k source and m result channels per group
+  std::int64_t source_channels;              // of the whole tensor
   const void* source;
   void* result;
   std::int64_t source_size[3], result_size[3];
@@ -64,5 +65,31 @@ struct PhaseGemmLoops {
 Fit fit_phase_gemm(const Problem&, const Epilogue&, const Device&, Isa target);
 void prepare_phase_gemm(Step&, Isa target);
 void launch_phase_gemm(const Step&, const Tensors&, Stream, const PhaseGemmLoops&);
+
+// grad_weight: the source is grad_output, staged as for grad_input; the input is staged beside it over the same grid, with
+// zeros where the planes are wider than the tile. gw[m][k][tap] = sum over positions of x[m][q] * plane[k][q + offset].
+struct GradWeightTask {
+  PhaseGemmTask gradient;
+  PhaseGemmTask input;      // one plane; k is set for each item
+  const int* tap_order;     // [sorted tap] -> tap in the weight tensor
+  std::int64_t parts, num_tiles;  // tiles (over batch and grid) are dealt to parts in order
+  void* partial;            // S: [part][weight]
+  std::int64_t weight_elements;
+  // grad_bias
+  std::int64_t bias_run, bias_runs;  // positions of one partial sum
+  double* bias_sums;                 // [b * bias_runs + run][channel]
+};
+
+struct GradWeightLoops {
+  Isa target;
+  void (*run)(const GradWeightTask&, std::int64_t item, void* scratch);
+  std::int64_t (*scratch_bytes)(const GradWeightTask&);
+  void (*sum_bias)(const GradWeightTask&, std::int64_t item, void* scratch);  // item: see bias_items
+  void (*merge)(const GradWeightTask&, std::int64_t first, std::int64_t last, void* result);
+};
+
+Fit fit_grad_weight(const Problem&, const Epilogue&, const Device&, Isa target);
+void prepare_grad_weight(Step&, Isa target);
+void launch_grad_weight(const Step&, const Tensors&, Stream, const GradWeightLoops&);
 
 }  // namespace tconv::cpu

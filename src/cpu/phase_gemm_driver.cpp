@@ -127,6 +127,37 @@ void choose_tile(const Layer& layer, Geometry& geometry) {
       }
 }
 
+// grad_weight: register tiles of 4 x 4 channels over the positions of a tile, 16 sums reduced for every tap.
+void choose_grad_weight_tile(const Layer& layer, Geometry& geometry) {
+  double best = HUGE_VAL;
+  for (std::int64_t w : tile_candidates(layer.grid[2], layer.lanes))
+    for (std::int64_t h : tile_candidates(layer.grid[1], 1))
+      for (std::int64_t d : tile_candidates(layer.grid[0], 1)) {
+        const std::int64_t tile[3] = {d, h, w};
+        double items = layer.batch_groups, plane = 1;
+        for (int dim = 0; dim < 3; ++dim) {
+          items *= static_cast<double>((layer.grid[dim] + tile[dim] - 1) / tile[dim]);
+          plane *= static_cast<double>(tile[dim] + layer.range[dim]);
+        }
+        const double staged = (layer.k * layer.planes + layer.m) * plane, bytes = staged * layer.element_bytes;
+        if (bytes > 3.0 * layer.l2_bytes && (w > layer.lanes || h > 1 || d > 1)) continue;
+        const double spill = bytes < 0.5 * layer.l2_bytes ? 1.0 : bytes < layer.l2_bytes ? 1.1 : 1.4;
+        const double rows = (layer.k * layer.planes + layer.m) * plane / static_cast<double>(w + layer.range[2]);
+        const double vectors = std::ceil(plane / layer.lanes);
+        const double pairs = std::ceil(layer.k / 4) * std::ceil(layer.m / 4) * layer.taps;
+        const double small = layer.k < 4 || layer.m < 4 ? 0.6 : 1.0;
+        const double cycles = 500 + rows * 16 + staged / layer.lanes * (layer.channels_last ? 20 : 5) +
+                              pairs * small * (vectors * 10 * spill + 60);
+        const double total = items * cycles;
+        if (total >= best) continue;
+        best = total;
+        geometry.cycles = total;
+        geometry.critical_cycles = total / layer.cores;
+        std::copy_n(tile, 3, geometry.task.tile);
+        geometry.task.m_chunk = static_cast<std::int64_t>(layer.m);
+      }
+}
+
 // Everything that does not depend on pointers.
 std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& device, Isa target) {
   auto geometry = std::make_shared<Geometry>();
@@ -139,6 +170,7 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   task.groups = problem.groups;
   task.k = (forward ? problem.in_channels : problem.out_channels) / problem.groups;
   task.m = (forward ? problem.out_channels : problem.in_channels) / problem.groups;
+  task.source_channels = task.groups * task.k;
   std::vector<DimTap> taps[3];
   std::vector<int> phases[3];  // used source phases
   std::int64_t range[3];
@@ -188,7 +220,10 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   layer.element_bytes = f64 ? 8 : 4;
   layer.l2_bytes = static_cast<double>(device.l2_bytes);
   layer.channels_last = problem.layout == Layout::channels_last;
-  choose_tile(layer, *geometry);
+  if (problem.direction == Direction::grad_weight)
+    choose_grad_weight_tile(layer, *geometry);
+  else
+    choose_tile(layer, *geometry);
 
   std::int64_t items = task.batch * task.groups;
   for (int dim = 0; dim < 3; ++dim) {
@@ -404,6 +439,127 @@ void launch_phase_gemm(const Step& step, const Tensors& tensors, Stream stream, 
   const std::int64_t items = task.batch * task.groups * task.tiles[0] * task.tiles[1] * task.tiles[2] * task.m_chunks;
   const std::int64_t scratch_bytes = loops.scratch_bytes(task);
   parallel_for(items, threads, [&](std::int64_t item) { loops.run(task, item, thread_scratch(scratch_bytes)); });
+}
+
+// ---- grad_weight -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// The partition of the sum depends on the problem only, never on the threads.
+struct Parts {
+  std::int64_t parts, chunk, chunks, tiles;
+};
+
+Parts parts_of(const Problem& problem, const PhaseGemmTask& task) {
+  Parts parts;
+  parts.tiles = task.batch * task.tiles[0] * task.tiles[1] * task.tiles[2];
+  const std::int64_t bytes = std::max<std::int64_t>(1, weight_elements(problem) * (problem.dtype == DType::f64 ? 8 : 4));
+  parts.parts = std::clamp<std::int64_t>((8 << 20) / bytes, 1, std::clamp<std::int64_t>(parts.tiles, 1, 32));
+  const std::int64_t items = std::max<std::int64_t>(1, parts.parts * task.groups), blocks = (task.m + 3) / 4;
+  parts.chunks = std::clamp<std::int64_t>((16 + items - 1) / items, 1, std::max<std::int64_t>(1, blocks));
+  parts.chunk = std::max<std::int64_t>(4, (blocks + parts.chunks - 1) / parts.chunks * 4);
+  parts.chunks = (task.m + parts.chunk - 1) / parts.chunk;
+  return parts;
+}
+
+constexpr std::int64_t kBiasRun = 16384;  // positions of one partial sum of grad_bias
+
+std::size_t grad_weight_workspace(const Problem& problem, const PhaseGemmTask& task) {
+  const std::size_t element = problem.dtype == DType::f64 ? 8 : 4;
+  const std::int64_t positions = volume(output_size(problem)), runs = (positions + kBiasRun - 1) / kBiasRun;
+  return round_up(static_cast<std::size_t>(parts_of(problem, task).parts * weight_elements(problem)) * element) +
+         round_up(static_cast<std::size_t>(problem.batch * runs * problem.out_channels) * sizeof(double)) + 64;
+}
+
+}  // namespace
+
+Fit fit_grad_weight(const Problem& problem, const Epilogue& epilogue, const Device& device, Isa target) {
+  Fit fit;
+  if (problem.direction != Direction::grad_weight) {
+    fit.refusal = "computes grad_weight only";
+    return fit;
+  }
+  if (device.isa < target) {
+    fit.refusal = "needs an instruction set that this machine lacks";
+    return fit;
+  }
+  fit.fused_pre = true;
+  fit.fused_ops = static_cast<int>(epilogue.ops.size());
+  const std::shared_ptr<Geometry> geometry = make_geometry(problem, device, target);
+  fit.workspace_bytes = grad_weight_workspace(problem, geometry->task);
+  const double flops_per_cycle = device.isa == Isa::avx512 ? 64 : device.isa == Isa::avx2 ? 32 : 16;
+  const double cycles_per_us = std::max(500.0, device.fp32_tflops * 1e6 / device.cores / flops_per_cycle);
+  const double memory = minimum_bytes(problem) / (device.bandwidth_tbs * 1e6);
+  fit.microseconds = 5 + std::max(geometry->critical_cycles / cycles_per_us, memory);
+  return fit;
+}
+
+void prepare_grad_weight(Step& step, Isa target) { step.state = make_geometry(step.problem, step.device, target); }
+
+void launch_grad_weight(const Step& step, const Tensors& tensors, Stream stream, const GradWeightLoops& loops) {
+  const Problem& problem = step.problem;
+  const int threads = resolve_threads(stream.num_threads);
+  std::shared_ptr<Geometry> own;
+  const Geometry* geometry = static_cast<const Geometry*>(step.state.get());
+  if (!geometry) {
+    own = make_geometry(problem, step.device, loops.target);
+    geometry = own.get();
+  }
+  GradWeightTask task{};
+  task.gradient = geometry->task;
+  task.gradient.source = tensors.grad_output;
+  const Parts parts = parts_of(problem, task.gradient);
+  task.gradient.m_chunk = parts.chunk;
+  task.gradient.m_chunks = parts.chunks;
+  const std::vector<std::int64_t> origin(3, 0);
+  std::vector<PhaseOp> pre;
+  for (const Op& op : step.epilogue.pre) pre.push_back({op.kind, OperandKind::none, op.a, op.b, nullptr});
+  task.input = geometry->task;
+  task.input.source = tensors.input;
+  task.input.source_channels = problem.in_channels;
+  task.input.num_planes = 1;
+  task.input.plane_phase = origin.data();
+  task.input.pre = pre.data();
+  task.input.num_pre = static_cast<int>(pre.size());
+  for (int dim = 0; dim < 3; ++dim) {
+    task.input.source_size[dim] = problem.input[dim];
+    task.input.source_step[dim] = 1;
+    task.input.first_shift[dim] = 0;
+    task.input.tile[dim] = task.input.plane[dim];  // staged as wide as the gradient's tile, in rows of the same pitch
+  }
+  task.tap_order = geometry->tap_order.data();
+  task.parts = parts.parts;
+  task.num_tiles = parts.tiles;
+  task.weight_elements = weight_elements(problem);
+  const std::size_t element = problem.dtype == DType::f64 ? 8 : 4;
+  std::vector<char> own_workspace;
+  char* workspace = static_cast<char*>(tensors.workspace);
+  if (!workspace) {
+    own_workspace.resize(grad_weight_workspace(problem, task.gradient) + 64);
+    workspace = own_workspace.data() + (64 - reinterpret_cast<std::uintptr_t>(own_workspace.data()) % 64);
+  }
+  task.partial = workspace;
+  workspace += round_up(static_cast<std::size_t>(parts.parts * task.weight_elements) * element);
+  const std::int64_t scratch_bytes = loops.scratch_bytes(task);
+  parallel_for(parts.parts * problem.groups * parts.chunks, threads,
+               [&](std::int64_t item) { loops.run(task, item, thread_scratch(scratch_bytes)); });
+  constexpr std::int64_t kMerge = 16384;
+  parallel_for((task.weight_elements + kMerge - 1) / kMerge, threads, [&](std::int64_t item) {
+    loops.merge(task, item * kMerge, std::min(task.weight_elements, (item + 1) * kMerge), tensors.output);
+  });
+  if (!tensors.grad_bias) return;
+  const std::int64_t positions = volume(output_size(problem));
+  task.bias_run = kBiasRun;
+  task.bias_runs = (positions + kBiasRun - 1) / kBiasRun;
+  task.bias_sums = reinterpret_cast<double*>(workspace);
+  const std::int64_t rows = problem.batch * task.bias_runs;
+  parallel_for(rows * (problem.layout == Layout::contiguous ? problem.out_channels : 1), threads,
+               [&](std::int64_t item) { loops.sum_bias(task, item, thread_scratch(scratch_bytes)); });
+  for (std::int64_t c = 0; c < problem.out_channels; ++c) {
+    double sum = 0;
+    for (std::int64_t row = 0; row < rows; ++row) sum += task.bias_sums[row * problem.out_channels + c];
+    store_element(tensors.grad_bias, problem.dtype, c, sum);
+  }
 }
 
 }  // namespace tconv::cpu

@@ -1,0 +1,129 @@
+// planes.h — staging a tile of a tensor as zero-padded planes, as phase_gemm.h describes them; for files that are compiled
+// once per target.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "cpu/phase_gemm.h"
+#include "cpu/rows.h"
+
+namespace tconv::cpu {
+namespace {
+
+int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
+// A tile: its sample, its first source channel, its first position and extents; g, m0, m1: the results of one item.
+struct Place {
+  int64_t b, g, m0, m1, source_channel;
+  int64_t q0[3], n[3];
+};
+
+template <class S>
+void apply_pre(const PhaseGemmTask& task, S* row, int64_t n) {
+  for (int i = 0; i < task.num_pre; ++i)
+    apply_pointwise<S>(task.pre[i].kind, static_cast<S>(task.pre[i].a), static_cast<S>(task.pre[i].b), nullptr, 0, row,
+                       n);
+}
+
+// Columns [lo, hi) of a plane row lie inside the source when its first column is source column `first` (step apart).
+struct Span {
+  int64_t lo, hi;
+};
+Span inside(int64_t first, int64_t step, int64_t size, int64_t n) {
+  Span span;
+  span.lo = first >= 0 ? 0 : (-first + step - 1) / step;
+  span.hi = first >= size ? 0 : (size - first + step - 1) / step;
+  span.lo = min_of(span.lo, n);
+  span.hi = max_of(span.lo, min_of(span.hi, n));
+  return span;
+}
+
+template <class S>
+void zero(S* row, int64_t n) {
+  if (n > 0) memset(row, 0, static_cast<size_t>(n) * sizeof(S));
+}
+
+// Fills buffers.planes (and buffers.mask: one where the plane lies inside the source) for task.k channels from
+// place.source_channel on. The rows' tails behind the staged width are undefined.
+template <class S, class Buffers>
+void stage_planes(const PhaseGemmTask& task, const Place& place, const Buffers& buffers) {
+  const int64_t depth = place.n[0] + task.plane[0] - task.tile[0], height = place.n[1] + task.plane[1] - task.tile[1];
+  const int64_t width = place.n[2] + task.plane[2] - task.tile[2];
+  const int64_t channels = task.source_channels;
+  const int64_t positions = task.source_size[0] * task.source_size[1] * task.source_size[2];
+  const int64_t step = task.source_step[2];
+  // Planes come in blocks that share their depth and height phase and differ in the width phase.
+  for (int first = 0, next; first < task.num_planes; first = next) {
+    const int64_t* phase = task.plane_phase + 3 * first;
+    for (next = first + 1; next < task.num_planes; ++next)
+      if (task.plane_phase[3 * next] != phase[0] || task.plane_phase[3 * next + 1] != phase[1]) break;
+    const int64_t column = step * (place.q0[2] + task.first_shift[2]);  // of phase 0
+    const int64_t column_end = column + step * width;
+    const int64_t from = max_of(0, column), until = max_of(from, min_of(task.source_size[2], column_end));
+    auto row_at = [&](int plane, int64_t k, int64_t d, int64_t h) {
+      return buffers.planes + (plane * task.k + k) * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
+    };
+    auto source_row = [&](int64_t d, int64_t h) -> int64_t {  // first position of a source row, or -1
+      const int64_t sd = task.source_step[0] * (place.q0[0] + task.first_shift[0] + d) + phase[0];
+      const int64_t sh = task.source_step[1] * (place.q0[1] + task.first_shift[1] + h) + phase[1];
+      if (sd < 0 || sd >= task.source_size[0] || sh < 0 || sh >= task.source_size[1]) return -1;
+      return (sd * task.source_size[1] + sh) * task.source_size[2];
+    };
+    if (task.layout == Layout::contiguous) {
+      for (int64_t k = 0; k < task.k; ++k) {
+        const int64_t channel = (place.b * channels + place.source_channel + k) * positions;
+        for (int64_t d = 0; d < depth; ++d)
+          for (int64_t h = 0; h < height; ++h) {
+            const int64_t row = source_row(d, h);
+            if (row < 0 || until == from) {
+              for (int plane = first; plane < next; ++plane) zero(row_at(plane, k, d, h), width);
+              continue;
+            }
+            S* line = step == 1 ? row_at(first, k, d, h) : buffers.line;
+            load_row(task.source, task.dtype, channel + row + from, until - from, line + (from - column));
+            if (task.num_pre) apply_pre<S>(task, line + (from - column), until - from);
+            zero(line, from - column);
+            zero(line + (until - column), column_end - until);
+            if (step == 1) continue;
+            for (int plane = first; plane < next; ++plane)
+              take_every(line + task.plane_phase[3 * plane + 2], step, width, row_at(plane, k, d, h));
+          }
+      }
+    } else {
+      for (int64_t d = 0; d < depth; ++d)
+        for (int64_t h = 0; h < height; ++h) {
+          const int64_t row = source_row(d, h);
+          for (int plane = first; plane < next; ++plane) {
+            const int64_t start = column + task.plane_phase[3 * plane + 2];
+            const Span span = row < 0 ? Span{0, 0} : inside(start, step, task.source_size[2], width);
+            for (int64_t k = 0; k < task.k; ++k) {
+              S* out = row_at(plane, k, d, h);
+              zero(out, span.lo);
+              zero(out + span.hi, width - span.hi);
+            }
+            for (int64_t x = span.lo; x < span.hi; ++x) {
+              const int64_t position = place.b * positions + row + start + step * x;
+              load_row(task.source, task.dtype, position * channels + place.source_channel, task.k, buffers.line);
+              if (task.num_pre) apply_pre<S>(task, buffers.line, task.k);
+              S* out = row_at(plane, 0, d, h) + x;
+              for (int64_t k = 0; k < task.k; ++k) out[k * task.plane_pitch] = buffers.line[k];
+            }
+          }
+        }
+    }
+    if (!task.masked) continue;
+    for (int plane = first; plane < next; ++plane)
+      for (int64_t d = 0; d < depth; ++d)
+        for (int64_t h = 0; h < height; ++h) {
+          S* out = buffers.mask + plane * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
+          const Span span = source_row(d, h) < 0 ? Span{0, 0}
+                                                 : inside(column + task.plane_phase[3 * plane + 2], step,
+                                                          task.source_size[2], width);
+          for (int64_t x = 0; x < width; ++x) out[x] = x >= span.lo && x < span.hi ? S(1) : S(0);
+        }
+  }
+}
+
+}  // namespace
+}  // namespace tconv::cpu
