@@ -1,4 +1,4 @@
-// tconv.cpp — the command line tool: plan, check, time, compile.
+// tconv.cpp — the command line tool: plan, check, time, tune, compile.
 // SPDX-License-Identifier: Apache-2.0
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -6,10 +6,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <fstream>
+#include <map>
 #include <random>
 #include <set>
 #include <stdexcept>
@@ -29,6 +32,7 @@ constexpr const char* kUsage = R"(usage: tconv <command> [options] ["<problem>" 
   plan     every kernel with its predicted cost or its reason to refuse
   check    every kernel and config that fits, against the reference
   time     median time of the chosen plan, as rates and as a share of the device's floor
+  tune     times the configs that look best, says how far the planner's choice is from the best of them
   compile  every device source that fits, for an architecture; needs no GPU
 
 A problem reads `2d b8 c64>64 i32x64 t3x3 s2 p1 op1 d1 g1 f32 channels_last grad_input tf32 | bias gelu group_norm(8)`.
@@ -40,6 +44,8 @@ options
   --only NAME        a kernel, or kernel:config
   --arch ARCH        compile: sm_80, sm_90a ... Default: that of the device
   --chosen           check, compile: only what the planner chooses, not every kernel and config that fits
+  --top N            tune, compile: only the N configs of each kernel with the lowest predicted cost. Default of tune: 6
+  --out FILE         tune: where to write the lines of a measured_<device>.def table
   --jobs N           compile: how many at once. Default: all cores
   --reduce PRODUCTS  check, compile: shrink batch and sizes until a problem has about so many multiply-adds
   --non-finite       check: with a few infinities and NaNs in the data
@@ -49,10 +55,10 @@ options
 )";
 
 struct Options {
-  std::string command, device, only, arch;
+  std::string command, device, only, arch, out;
   std::vector<std::string> problems;
   double reduce = 0;
-  int jobs = 0, runs = 0, threads = 0;
+  int jobs = 0, runs = 0, threads = 0, top = 0;
   std::uint64_t seed = 0;
   bool have_seed = false, chosen = false, non_finite = false;
 };
@@ -101,6 +107,10 @@ Options parse_options(int argc, char** argv) {
       options.arch = value;
     } else if (argument == "--jobs") {
       options.jobs = std::atoi(value.c_str());
+    } else if (argument == "--top") {
+      options.top = std::atoi(value.c_str());
+    } else if (argument == "--out") {
+      options.out = value;
     } else if (argument == "--reduce") {
       options.reduce = std::atof(value.c_str());
     } else if (argument == "--runs") {
@@ -178,41 +188,14 @@ double floor_seconds(const Problem& problem, const Device& device) {
   return std::max(minimum_bytes(problem) / (device.bandwidth_tbs * 1e12), useful_flops(problem) / (tflops * 1e12));
 }
 
-int run_time(const Options& options) {
-  const Device device = find_device(options.device);
-  std::printf("%10s %9s %10s %8s %10s  %s\n", "median ms", "GB/s", "GFLOP/s", "floor", "predicted", "kernel, problem");
-  for (const std::string& line : options.problems) {
-    const auto [problem, epilogue] = parse_problem_and_epilogue(line);
-    const auto chosen = plan(problem, epilogue, device, options.only);
-    if (chosen->steps.empty()) {
-      std::printf("%10s %9s %10s %8s %10s  nothing to do, %s\n", "-", "-", "-", "-", "-", line.c_str());
-      continue;
-    }
-    // Uniform data in [0, 1): rates must not depend on zeros or denormals.
+// Tensors of a problem with uniform data in [0, 1): rates must not depend on zeros or denormals.
+class RandomTensors {
+ public:
+  RandomTensors(const Problem& problem, const Epilogue& epilogue, const Device& device) : device_(device) {
     const std::size_t element = size_of(problem.dtype);
     const std::int64_t largest =
         std::max({input_elements(problem), output_elements(problem), weight_elements(problem), problem.out_channels});
-    std::vector<std::byte> random(static_cast<std::size_t>(largest) * element);
-    std::mt19937 generator(1);
-    std::uniform_real_distribution<double> uniform(0, 1);
-    for (std::int64_t i = 0; i < largest; ++i) {
-      const double value = uniform(generator);
-      if (problem.dtype == DType::f64) {
-        reinterpret_cast<double*>(random.data())[i] = value;
-      } else if (problem.dtype == DType::f32) {
-        reinterpret_cast<float*>(random.data())[i] = static_cast<float>(value);
-      } else {  // 0.5 to 1 in both 16-bit formats
-        const std::uint16_t base = problem.dtype == DType::f16 ? 0x3800 : 0x3f00;
-        reinterpret_cast<std::uint16_t*>(random.data())[i] = static_cast<std::uint16_t>(base | (generator() & 0x7f));
-      }
-    }
-    std::vector<Guarded> buffers;
-    const auto buffer = [&](std::int64_t elements, std::size_t size, bool fill) -> void* {
-      buffers.emplace_back(device, static_cast<std::size_t>(elements) * size);
-      if (fill) buffers.back().write(random.data());
-      return buffers.back().data();
-    };
-    Tensors tensors;
+    fill_random(problem.dtype, largest);
     const bool chain_only = problem.direction == Direction::epilogue || problem.direction == Direction::grad_epilogue;
     const std::size_t output_element = size_of(epilogue.output_dtype.value_or(problem.dtype));
     tensors.input = buffer(chain_only ? output_elements(problem) : input_elements(problem), element, true);
@@ -254,17 +237,76 @@ int run_time(const Options& options) {
         if (problem.direction == Direction::grad_epilogue) tensors.grad_operands[index] = buffer(elements, size, false);
       }
     }
-    tensors.workspace = buffer(static_cast<std::int64_t>(chosen->workspace_bytes), 1, false);
+  }
 
-    const auto run = [&](Stream stream) {
-      stream.num_threads = options.threads;
-      execute(*chosen, tensors, stream);
-    };
-    const double first = time_runs(device, 2, run)[1];
+  // Seconds of each run, with a workspace of its own.
+  std::vector<double> time(const Plan& plan, int count, int threads) {
+    const Guarded workspace(device_, plan.workspace_bytes);
+    tensors.workspace = workspace.data();
+    return time_runs(device_, count, [&](Stream stream) {
+      stream.num_threads = threads;
+      execute(plan, tensors, stream);
+    });
+  }
+
+  Tensors tensors;
+
+ private:
+  void fill_random(DType dtype, std::int64_t elements) {
+    constexpr std::int64_t kBlock = 1 << 22;  // repeated: drawing 10^9 values takes longer than timing with them
+    const std::size_t element = size_of(dtype);
+    random_.resize(static_cast<std::size_t>(elements) * element);
+    std::mt19937 generator(1);
+    std::uniform_real_distribution<double> uniform(0, 1);
+    const std::int64_t drawn = std::min(elements, kBlock);
+    for (std::int64_t i = 0; i < drawn; ++i) {
+      const double value = uniform(generator);
+      if (dtype == DType::f64) {
+        reinterpret_cast<double*>(random_.data())[i] = value;
+      } else if (dtype == DType::f32) {
+        reinterpret_cast<float*>(random_.data())[i] = static_cast<float>(value);
+      } else {  // 0.5 to 1 in both 16-bit formats
+        const std::uint16_t base = dtype == DType::f16 ? 0x3800 : 0x3f00;
+        reinterpret_cast<std::uint16_t*>(random_.data())[i] = static_cast<std::uint16_t>(base | (generator() & 0x7f));
+      }
+    }
+    for (std::int64_t i = drawn; i < elements; i += drawn) {
+      const std::int64_t count = std::min(drawn, elements - i);
+      std::memcpy(random_.data() + static_cast<std::size_t>(i) * element, random_.data(),
+                  static_cast<std::size_t>(count) * element);
+    }
+  }
+
+  void* buffer(std::int64_t elements, std::size_t size, bool fill) {
+    buffers_.emplace_back(device_, static_cast<std::size_t>(elements) * size);
+    if (fill) buffers_.back().write(random_.data());
+    return buffers_.back().data();
+  }
+
+  Device device_;
+  std::vector<std::byte> random_;
+  std::vector<Guarded> buffers_;
+};
+
+double median_of(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+int run_time(const Options& options) {
+  const Device device = find_device(options.device);
+  std::printf("%10s %9s %10s %8s %10s  %s\n", "median ms", "GB/s", "GFLOP/s", "floor", "predicted", "kernel, problem");
+  for (const std::string& line : options.problems) {
+    const auto [problem, epilogue] = parse_problem_and_epilogue(line);
+    const auto chosen = plan(problem, epilogue, device, options.only);
+    if (chosen->steps.empty()) {
+      std::printf("%10s %9s %10s %8s %10s  nothing to do, %s\n", "-", "-", "-", "-", "-", line.c_str());
+      continue;
+    }
+    RandomTensors tensors(problem, epilogue, device);
+    const double first = tensors.time(*chosen, 2, options.threads)[1];
     const int count = options.runs > 0 ? options.runs : std::clamp(static_cast<int>(1 / std::max(first, 1e-6)), 5, 200);
-    std::vector<double> seconds = time_runs(device, count, run);
-    std::sort(seconds.begin(), seconds.end());
-    const double median = seconds[seconds.size() / 2];
+    const double median = median_of(tensors.time(*chosen, count, options.threads));
     const Step& conv = chosen->steps[static_cast<std::size_t>(chosen->conv_step)];
     std::printf("%10.4f %9.1f %10.1f %6.1f %% %10.4f  %s:%s, %s\n", median * 1e3,
                 minimum_bytes(problem) / median * 1e-9, useful_flops(problem) / median * 1e-9,
@@ -272,6 +314,72 @@ int run_time(const Options& options) {
                 std::string(conv.kernel->name).c_str(), to_string(conv.config).c_str(),
                 to_string(problem, epilogue).c_str());
     std::fflush(stdout);
+  }
+  return 0;
+}
+
+// kernel:config of the `top` cheapest configs of each kernel by prediction, at most two of one tile; none that is
+// predicted to take over 12 times the cheapest.
+std::vector<std::string> top_candidates(const Problem& problem, const Epilogue& epilogue, const Device& device,
+                                        int top) {
+  const Plan plan = make_plan(problem, epilogue, device, {}, kernels(device.backend));
+  std::vector<const Candidate*> fitting;
+  for (const Candidate& candidate : plan.candidates)
+    if (candidate.fit) fitting.push_back(&candidate);
+  std::stable_sort(fitting.begin(), fitting.end(),
+                   [](const Candidate* x, const Candidate* y) { return x->fit.microseconds < y->fit.microseconds; });
+  std::map<std::string, int> of_kernel, of_tile;
+  std::vector<std::string> names;
+  for (const Candidate* candidate : fitting) {
+    const std::string tile =
+        candidate->kernel + std::to_string(candidate->config.block_m) + "x" + std::to_string(candidate->config.block_n);
+    if (candidate->fit.microseconds > 12 * fitting.front()->fit.microseconds) break;
+    if (of_tile[tile] >= 2 || of_kernel[candidate->kernel] >= top) continue;
+    ++of_tile[tile];
+    ++of_kernel[candidate->kernel];
+    names.push_back(candidate->kernel + ":" + to_string(candidate->config));
+  }
+  return names;
+}
+
+int run_tune(const Options& options) {
+  const Device device = find_device(options.device);
+  std::string lines;
+  double log_regret = 0;
+  int measured = 0;
+  for (std::size_t index = 0; index < options.problems.size(); ++index) {
+    const auto [problem, epilogue] = parse_problem_and_epilogue(options.problems[index]);
+    const std::vector<std::string> names = top_candidates(problem, epilogue, device, options.top > 0 ? options.top : 6);
+    if (names.empty()) continue;
+    RandomTensors tensors(problem, epilogue, device);
+    std::printf("[%zu/%zu] %s\n", index + 1, options.problems.size(), to_string(problem, epilogue).c_str());
+    std::string best;
+    double best_seconds = 0, first_seconds = 0;
+    for (const std::string& name : names) {
+      const auto one = plan(problem, epilogue, device, name);
+      const double seconds = median_of(tensors.time(*one, options.runs > 0 ? options.runs : 5, options.threads));
+      std::printf("  %-52s predicted %9.1f us, measured %9.1f us\n", name.c_str(), one->microseconds, seconds * 1e6);
+      if (best.empty()) first_seconds = seconds;  // the planner's choice without a table
+      if (best.empty() || seconds < best_seconds) {
+        best = name;
+        best_seconds = seconds;
+      }
+    }
+    std::fflush(stdout);
+    clear_plan_cache();
+    log_regret += std::log(first_seconds / best_seconds);
+    ++measured;
+    // Within 5 % the prediction is left to stand: that is about the spread of two runs.
+    if (first_seconds > 1.05 * best_seconds) lines += "MEASURED(\"" + to_string(problem) + "\", \"" + best + "\")\n";
+  }
+  if (measured > 0)
+    std::printf("%d problems; without a table the planner's choice takes %.3f times the best on average (geometric)\n",
+                measured, std::exp(log_regret / measured));
+  if (!options.out.empty()) {
+    const std::string temporary = options.out + ".part";
+    std::ofstream(temporary) << lines;
+    if (std::rename(temporary.c_str(), options.out.c_str()) != 0)
+      throw std::runtime_error("cannot write " + options.out);
   }
   return 0;
 }
@@ -293,6 +401,8 @@ int run_compile(const Options& options) {
     std::vector<std::string> names;  // what the plans are restricted to
     if (options.chosen) {
       names.push_back(options.only);
+    } else if (options.top > 0) {
+      names = top_candidates(problem, epilogue, device, options.top);
     } else {
       for (const Kernel* kernel : kernels(Backend::cuda)) {
         for (const Config& config : kernel->configs) {
@@ -384,6 +494,7 @@ int run(int argc, char** argv) {
     if (options.command == "plan") return run_plan(options);
     if (options.command == "check") return run_check(options);
     if (options.command == "time") return run_time(options);
+    if (options.command == "tune") return run_tune(options);
     if (options.command == "compile") return run_compile(options);
     throw UsageError("unknown command " + options.command);
   } catch (const UsageError& error) {

@@ -21,6 +21,7 @@
 #include <unordered_map>
 
 #include "hash.h"
+#include "measured.h"
 #include "simplify.h"
 
 namespace tconv {
@@ -118,6 +119,7 @@ class Planner {
 
   Plan make() {
     if (result_is_empty()) return std::move(plan_);
+    if (only_.empty()) measured_ = Filter(measured_choice(simple_, plan_.device));
     for (const Kernel* kernel : kernels_) {
       if (!filter_.admits(*kernel)) continue;
       for (const Config& config : kernel->configs) {
@@ -184,7 +186,9 @@ class Planner {
     if (fit) {
       Price price = price_of({&kernel, config, fit}, offered);
       candidate.fit.microseconds = price.microseconds;
-      if (price.microseconds < price_.microseconds) {
+      candidate.measured = !measured_.name.empty() && measured_.admits(kernel) && measured_.admits(config);
+      if (candidate.measured || (!is_measured_ && price.microseconds < price_.microseconds)) {
+        is_measured_ = candidate.measured;
         price_ = std::move(price);
         best_ = static_cast<int>(plan_.candidates.size());
       }
@@ -307,6 +311,8 @@ class Planner {
   std::span<const Kernel* const> kernels_;
   std::string_view only_;
   Filter filter_;
+  Filter measured_{{}};  // the choice that a table of measurements names; goes before the prices
+  bool is_measured_ = false;
   Problem simple_;
   Plan plan_;
   std::optional<Choice> pre_;
@@ -454,7 +460,8 @@ std::string explain(const Plan& plan) {
       text += candidate.kernel + ":" + to_string(candidate.config) + " ";
       append_number(text, candidate.fit.microseconds);
       text += " us, fuses " + std::to_string(candidate.fit.fused_ops) + " of " +
-              std::to_string(plan.epilogue.ops.size()) + " operations\n";
+              std::to_string(plan.epilogue.ops.size()) + " operations" +
+              (candidate.measured ? ", measured as the best\n" : "\n");
       continue;
     }
     // One line for all configs that are refused in the same words.

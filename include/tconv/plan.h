@@ -59,6 +59,7 @@ struct Candidate {
   Config config;
   Fit fit;
   bool chosen = false;
+  bool measured = false;  // a table of measurements names it as the best for this layer on this device
 };
 
 struct Plan {

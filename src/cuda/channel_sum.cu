@@ -7,8 +7,9 @@
 #include "convert.cuh"
 
 // partial: (channels, batch * segments)
-extern "C" __global__ void __launch_bounds__(256) channel_sum(const storage_t* grad_output, float* partial, int channels,
-                                                              long long positions, int segments, long long length) {
+extern "C" __global__ void __launch_bounds__(256)
+    channel_sum(const storage_t* grad_output, float* partial, int channels, long long positions, int segments,
+                long long length) {
   __shared__ float sums[8][33];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #if TCONV_CHANNELS_LAST
@@ -30,7 +31,8 @@ extern "C" __global__ void __launch_bounds__(256) channel_sum(const storage_t* g
   if (warp != 0) return;
 #pragma unroll
   for (int w = 1; w < 8; ++w) sum += sums[w][lane];
-  if (channel < channels) partial[(channel * (long long)(gridDim.x / (strips * segments)) + b) * segments + segment] = sum;
+  if (channel < channels)
+    partial[(channel * (long long)(gridDim.x / (strips * segments)) + b) * segments + segment] = sum;
 #else
   unsigned index = blockIdx.x;
   const int segment = index % segments;
@@ -53,7 +55,8 @@ extern "C" __global__ void __launch_bounds__(256) channel_sum(const storage_t* g
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(32) channel_sum_finish(const float* partial, storage_t* grad_bias, int count) {
+extern "C" __global__ void __launch_bounds__(32)
+    channel_sum_finish(const float* partial, storage_t* grad_bias, int count) {
   const float* from = partial + blockIdx.x * (long long)count;
   float sum = 0.f;
 #pragma unroll 4

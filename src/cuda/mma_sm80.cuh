@@ -21,8 +21,10 @@ __device__ __forceinline__ unsigned pack_words(S low, S high) {
 // The first element of a word, and whether a word may be read at an address.
 template <typename S>
 __device__ __forceinline__ S low_half(unsigned word) {
-  if constexpr (sizeof(S) == 2) return S{static_cast<unsigned short>(word)};
-  else return __uint_as_float(word);
+  if constexpr (sizeof(S) == 2)
+    return S{static_cast<unsigned short>(word)};
+  else
+    return __uint_as_float(word);
 }
 __device__ __forceinline__ bool a_pair_is_aligned(const void* pointer) {
   return (reinterpret_cast<unsigned long long>(pointer) & 3) == 0;
@@ -58,17 +60,17 @@ __device__ __forceinline__ void multiply_tf32(float (&c)[4], const unsigned (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // The same onto zero, which costs no register moves.
-__device__ __forceinline__ void multiply_tf32_from_zero(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+__device__ __forceinline__ void multiply_tf32_from_zero(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                                        unsigned b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
       : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
 }
 __device__ __forceinline__ void multiply_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ void multiply_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm volatile(

@@ -9,8 +9,8 @@
 __constant__ int pg_order[] = {PG_ORDER};            // one chunk: all passes behind each other
 __constant__ int pg_item_begin[] = {PG_ITEM_BEGIN};  // per pass, in taps
 
-extern "C" __global__ void __launch_bounds__(256) phase_gemm_pack(const storage_t* weight, unsigned* packed,
-                                                                  unsigned total) {
+extern "C" __global__ void __launch_bounds__(256)
+    phase_gemm_pack(const storage_t* weight, unsigned* packed, unsigned total) {
   constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1;
   constexpr int kRegisters = PG_WN == 8 ? 2 : 4;
   for (unsigned word = blockIdx.x * 256 + threadIdx.x; word < total; word += gridDim.x * 256) {

@@ -7,7 +7,8 @@
 
 __constant__ int p9_entry_tap[] = {P9_ENTRY_TAP};  // [entry][live phase] -> packed tap, or -1
 
-extern "C" __global__ void __launch_bounds__(256) phase_gemm_pack(const storage_t* weight, unsigned* packed, unsigned total) {
+extern "C" __global__ void __launch_bounds__(256)
+    phase_gemm_pack(const storage_t* weight, unsigned* packed, unsigned total) {
   constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1;
   for (unsigned word = blockIdx.x * 256 + threadIdx.x; word < total; word += gridDim.x * 256) {
     unsigned index = word;

@@ -20,14 +20,13 @@ using std::int64_t;
 // block_m lattice positions, block_n result channels, block_k words per chunk, stages of the chunk pipeline (1: the
 // whole reduction fits one chunk), warps, split 1: every (depth, height) phase its own block; 2: all of them at once in registers.
 #define SPLITS(m, n, k, s, w) {m, n, k, s, w, 0}, {m, n, k, s, w, 1}, {m, n, k, s, w, 2}
-#define CHUNKS(m, n, w)                                                                                         \
-  SPLITS(m, n, 8, 1, w), SPLITS(m, n, 16, 1, w), SPLITS(m, n, 32, 1, w), SPLITS(m, n, 64, 1, w),                 \
+#define CHUNKS(m, n, w)                                                                          \
+  SPLITS(m, n, 8, 1, w), SPLITS(m, n, 16, 1, w), SPLITS(m, n, 32, 1, w), SPLITS(m, n, 64, 1, w), \
       SPLITS(m, n, 8, 3, w), SPLITS(m, n, 16, 2, w), SPLITS(m, n, 16, 3, w), SPLITS(m, n, 32, 2, w)
-constexpr Config kConfigs[] = {
-    CHUNKS(512, 64, 8), CHUNKS(256, 64, 4), CHUNKS(256, 64, 8), CHUNKS(128, 64, 4), CHUNKS(64, 64, 4),
-    CHUNKS(256, 32, 4), CHUNKS(128, 32, 4), CHUNKS(64, 32, 4),  CHUNKS(256, 16, 4), CHUNKS(128, 16, 4),
-    CHUNKS(64, 16, 4),  CHUNKS(512, 8, 4),  CHUNKS(256, 8, 4),  CHUNKS(128, 8, 4),  CHUNKS(128, 128, 8),
-    CHUNKS(256, 128, 8)};
+constexpr Config kConfigs[] = {CHUNKS(512, 64, 8), CHUNKS(256, 64, 4), CHUNKS(256, 64, 8),  CHUNKS(128, 64, 4),
+                               CHUNKS(64, 64, 4),  CHUNKS(256, 32, 4), CHUNKS(128, 32, 4),  CHUNKS(64, 32, 4),
+                               CHUNKS(256, 16, 4), CHUNKS(128, 16, 4), CHUNKS(64, 16, 4),   CHUNKS(512, 8, 4),
+                               CHUNKS(256, 8, 4),  CHUNKS(128, 8, 4),  CHUNKS(128, 128, 8), CHUNKS(256, 128, 8)};
 #undef CHUNKS
 #undef SPLITS
 
@@ -58,7 +57,7 @@ struct Geometry {
   std::vector<int> slot;
   std::vector<Phase> phases;
   int64_t phase_shifts = 0, all_shifts = 0;  // shifts of the tile, summed over phases and of all phases together
-  int groups = 1;  // phases whose sums a block holds at once
+  int groups = 1;                            // phases whose sums a block holds at once
   int out_pitch = 0, out_words = 0, half = 8;
   std::size_t shared_bytes = 0;
   int threads = 0, registers = 0, blocks_per_multiprocessor = 1;
@@ -127,7 +126,8 @@ Geometry layer_geometry(const Problem& problem) {
     g.slot.push_back(width > kMaxWidthPhases || !phases[2][rw].empty() ? g.slots++ : -1);
   if (g.slots == 0) g.slots = 1;
   if (int64_t{1} * static_cast<int64_t>(phases[0].size()) * static_cast<int64_t>(phases[1].size()) *
-          ceil_div(width, g.width_phases) * g.width_phases > kMaxTaps) {
+          ceil_div(width, g.width_phases) * g.width_phases >
+      kMaxTaps) {
     g.refusal = "more than " + std::to_string(kMaxTaps) + " phases";
     return g;
   }
@@ -140,7 +140,8 @@ Geometry layer_geometry(const Problem& problem) {
           for (const Tap& td : phases[0][rd])
             for (const Tap& th : phases[1][rh])
               for (const Tap& tw : phases[2][rw0 + rw])
-                pass.taps[rw].push_back(static_cast<int>((td.tap * problem.kernel[1] + th.tap) * problem.kernel[2] + tw.tap));
+                pass.taps[rw].push_back(
+                    static_cast<int>((td.tap * problem.kernel[1] + th.tap) * problem.kernel[2] + tw.tap));
         g.phases.push_back(std::move(pass));
       }
   std::set<std::array<int, 3>> all;
@@ -192,18 +193,20 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
       if (tw == 8 && th == 1 && td == 1) continue;
       if (tw == 8 && th == 1) continue;  // a line of 16 spans two rows of the same plane
       const int64_t tiles = ceil_div(g.lattice[0], td) * ceil_div(g.lattice[1], th) * ceil_div(g.lattice[2], tw);
-      const int64_t extent_d = int64_t{g.source_step[0]} * (td - 1) + 1, extent_h = int64_t{g.source_step[1]} * (th - 1) + 1;
+      const int64_t extent_d = int64_t{g.source_step[0]} * (td - 1) + 1,
+                    extent_h = int64_t{g.source_step[1]} * (th - 1) + 1;
       if (extent_d > 4096 || extent_h > 4096) continue;
-      const Rows rows_d = rows_of(td, g.source_step[0], g.offset[0]), rows_h = rows_of(th, g.source_step[1], g.offset[1]);
+      const Rows rows_d = rows_of(td, g.source_step[0], g.offset[0]),
+                 rows_h = rows_of(th, g.source_step[1], g.offset[1]);
       const Columns columns = columns_of(tw, g.source_step[2], g.offset[2]);
-      const int64_t positions = static_cast<int64_t>(rows_d.relative.size() * rows_h.relative.size() * columns.base.size()) *
-                                columns.length;
+      const int64_t positions =
+          static_cast<int64_t>(rows_d.relative.size() * rows_h.relative.size() * columns.base.size()) * columns.length;
       const int64_t pitch = ceil_div(positions - 8, 32) * 32 + 8;
       const std::size_t shared = static_cast<std::size_t>(config.stages) * config.block_k * pitch * 4;
       if (shared + 1024 > device.shared_memory_per_block) continue;
       // Partial lines of fewer than 32 words waste store and load slots.
-      const double cost = static_cast<double>(tiles) * (2.0 * config.block_m + static_cast<double>(positions)) *
-                          (1.0 + 4.0 / tw);
+      const double cost =
+          static_cast<double>(tiles) * (2.0 * config.block_m + static_cast<double>(positions)) * (1.0 + 4.0 / tw);
       if (cost < best) {
         best = cost;
         g.tile[0] = td, g.tile[1] = th, g.tile[2] = tw;
@@ -227,7 +230,10 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
                         static_cast<std::size_t>(config.warps) * g.out_words);
   if (g.shared_bytes > device.shared_memory_per_block)
     return refuse(std::to_string(g.shared_bytes) + " bytes of shared memory");
-  g.registers = std::min(255, accumulators + (4 * (g.wn / 8) + g.wm / 4) * g.parts + 72);
+  // Sums, two sets of weight fragments, the lines of an entry, addresses: counted high, a spill costs more than a block.
+  g.registers = accumulators + (4 * (g.wn / 8) + g.wm / 4) * g.parts + 80 + (g.parts == 2 ? 8 : 0) +
+                (problem.layout == Layout::channels_last ? 8 : 0);
+  if (g.registers > 255) return refuse(std::to_string(g.registers) + " registers a thread");
   const int by_registers = std::max(1, 65536 / (g.registers * g.threads));
   const int by_shared =
       std::max<int>(1, static_cast<int>(device.shared_memory_per_multiprocessor / (g.shared_bytes + 1024)));
@@ -297,8 +303,8 @@ int64_t num_blocks(const Problem& problem, const Config& config, const Geometry&
 }
 
 std::size_t packed_words(const Problem& problem, const Config& config, const Geometry& g) {
-  return static_cast<std::size_t>(problem.groups) * g.n_blocks * g.warps_n * g.num_taps * g.chunks * (config.block_k / 8) *
-         g.parts * g.wn * 8;  // + one spare fragment, see spare_words
+  return static_cast<std::size_t>(problem.groups) * g.n_blocks * g.warps_n * g.num_taps * g.chunks *
+         (config.block_k / 8) * g.parts * g.wn * 8;  // + one spare fragment, see spare_words
 }
 
 // The kernel reads one fragment past the last before it knows that it was the last.
@@ -318,7 +324,8 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
     cached_problem = problem;
     cached = true;
   }
-  if (problem.direction == Direction::forward && problem.batch * volume(problem.input) == 0 && cached_layer.refusal.empty()) {
+  if (problem.direction == Direction::forward && problem.batch * volume(problem.input) == 0 &&
+      cached_layer.refusal.empty()) {
     fit.refusal = "empty input";
     return fit;
   }
@@ -334,7 +341,8 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   }
   // Cycles of one multiprocessor. A mma.sync of 1024 word products takes 1 cycle at the wgmma peak and about 1.7 as
   // mma.sync; fragments come at one shared-memory or L1 access of 128 bytes a cycle.
-  const double clock = device.tf32_tflops > 0 ? device.tf32_tflops * 1e12 / (2048.0 * 0.82) / device.multiprocessors : 1.5e9;
+  const double clock =
+      device.tf32_tflops > 0 ? device.tf32_tflops * 1e12 / (2048.0 * 0.82) / device.multiprocessors : 1.5e9;
   const double split = config.split == 1 ? static_cast<double>(g.phases.size()) : 1.0;
   const double passes_in_block = config.split == 0 ? static_cast<double>(g.phases.size()) : 1.0;
   const double phases_in_block = config.split == 1 ? 1.0 : static_cast<double>(g.phases.size());
@@ -343,22 +351,26 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   const int lines = g.wm / 16, columns = g.wn / 8;
   const double products = items * lines * columns * (g.parts == 2 ? 3.0 : 1.0) * 1.7;
   const double accesses = entries * 4.0 * lines + items * 2.0 * columns * g.parts;
-  const double issue = (entries * lines * 9.0 * g.parts + items * (lines * columns * (g.parts == 2 ? 7.0 : 1.0) + 8.0)) / 4.0;
+  const double issue =
+      (entries * lines * 9.0 * g.parts + items * (lines * columns * (g.parts == 2 ? 7.0 : 1.0) + 8.0)) / 4.0;
   const double step = std::max({products, accesses, issue}) + 0.25 * std::min(products, accesses);
   const double multiply = config.warps * g.chunks * (config.block_k / 8) * step;
   const double loads = (g.chunks == 1 ? 1.0 : passes_in_block * g.chunks) * config.block_k * g.positions;
   const double load = loads / 32.0 * (g.per_word == 2 ? 3.0 : problem.layout == Layout::channels_last ? 2.5 : 1.2);
   double math = 0;
-  for (const Op& op : epilogue.ops) math += is_norm(op.kind) ? 0 : op.kind == OpKind::gelu || op.kind == OpKind::mish ? 30 : 8;
+  for (const Op& op : epilogue.ops)
+    math += is_norm(op.kind) ? 0 : op.kind == OpKind::gelu || op.kind == OpKind::mish ? 30 : 8;
   const double results = static_cast<double>(config.block_m) * g.width_phases * phases_in_block * config.block_n;
   const double store = results / 32.0 * (4.0 + math / 4.0) / (g.n_blocks * config.block_n > g.n ? 1.3 : 1.0);
   const double rounds = std::ceil(static_cast<double>(blocks) / device.multiprocessors);
-  const double resident = std::min<double>(g.blocks_per_multiprocessor, static_cast<double>(blocks) / device.multiprocessors);
+  const double resident =
+      std::min<double>(g.blocks_per_multiprocessor, static_cast<double>(blocks) / device.multiprocessors);
   const double warps = std::max(1.0, resident) * config.warps;
   const double latency = warps >= 12 ? 1.0 : 1.0 + (12.0 - warps) / 12.0;
   const double compute = rounds * (multiply + load + store) * latency / clock * 1e6;
   const double traffic = minimum_bytes(problem) / (device.bandwidth_tbs * 1e12 * 0.8) * 1e6;
-  const double cache = static_cast<double>(blocks) * (loads * 4.0 + items * g.chunks * config.block_k * config.block_n * 4.0 * g.parts) /
+  const double cache = static_cast<double>(blocks) *
+                       (loads * 4.0 + items * g.chunks * config.block_k * config.block_n * 4.0 * g.parts) /
                        (device.bandwidth_tbs * 1e12 * 1.3) * 1e6;
   fit.microseconds = std::max({compute, traffic, cache}) + 0.3 * std::min(compute, traffic) + 6.0;
   fit.workspace_bytes = (packed_words(problem, config, g) + spare_words(g)) * 4;
@@ -495,8 +507,9 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   }
   args.batch = static_cast<int>(problem.batch);
   const bool aligned = reinterpret_cast<std::uintptr_t>(tensors.output) % 4 == 0;
-  args.pair_stores = aligned && (problem.layout == Layout::channels_last ? g.n % 2 == 0
-                                                                         : result[2] % 2 == 0 && g.width_phases == g.result_step[2]);
+  args.pair_stores =
+      aligned && (problem.layout == Layout::channels_last ? g.n % 2 == 0
+                                                          : result[2] % 2 == 0 && g.width_phases == g.result_step[2]);
   for (int i = 0; i < kMaxOperands; ++i) args.operands[i] = tensors.operands[i];
   void* pointers[] = {&args};
   launch(*ready.functions[0], {static_cast<unsigned>(ready.blocks)}, stream, pointers);

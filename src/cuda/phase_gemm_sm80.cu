@@ -16,8 +16,8 @@
 __constant__ int pg_entry_begin[] = {PG_ENTRY_BEGIN};  // per pass
 __constant__ int pg_entry_word[] = {PG_ENTRY_WORD};    // word offset in the tile
 __constant__ int pg_entry_mask[] = {PG_ENTRY_MASK};
-__constant__ int pg_item_begin[] = {PG_ITEM_BEGIN};    // per pass: (entry, slot) pairs, the order of the packed weights
-__constant__ int pg_pass[] = {PG_PASS};                // per pass and group: depth, height and first width phase
+__constant__ int pg_item_begin[] = {PG_ITEM_BEGIN};  // per pass: (entry, slot) pairs, the order of the packed weights
+__constant__ int pg_pass[] = {PG_PASS};              // per pass and group: depth, height and first width phase
 __constant__ int pg_rows_d[] = {PG_ROWS_D};
 __constant__ int pg_rows_h[] = {PG_ROWS_H};
 __constant__ int pg_planes_w[] = {PG_PLANES_W};
@@ -25,7 +25,7 @@ __constant__ int pg_planes_w[] = {PG_PLANES_W};
 __device__ constexpr int pg_slot[] = {PG_SLOT};
 
 constexpr int kThreads = 32 * PG_WARPS_M * PG_WARPS_N;
-constexpr int kRowWords = PG_NPW * PG_JW;             // one staged row: width planes side by side
+constexpr int kRowWords = PG_NPW * PG_JW;              // one staged row: width planes side by side
 constexpr int kPositions = PG_ND * PG_NH * kRowWords;  // words of one channel plane before padding
 constexpr int kPitch = PG_PITCH;                       // = 8 mod 32: the 4 x 8 pattern of a fragment hits 32 banks
 constexpr int kMTiles = PG_WM / 16;
@@ -33,7 +33,7 @@ constexpr int kNTiles = PG_WN / 8;
 constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1;  // channels in a staged word
 constexpr int kParts = PG_SPLIT3 ? 2 : 1;                 // fp32 accuracy: both operands as big + small
 constexpr int kSlots = PG_GROUPS * PG_LIVE;
-constexpr int kFragment = PG_WN * 8 * kParts;             // packed words of one (tap, k8) for a warp's columns
+constexpr int kFragment = PG_WN * 8 * kParts;  // packed words of one (tap, k8) for a warp's columns
 constexpr int kOutPitch = PG_OUT_PITCH;
 
 struct PhaseGemmArgs {
@@ -41,7 +41,7 @@ struct PhaseGemmArgs {
   const unsigned* weights;  // packed, see phase_gemm_pack.cu
   const void* bias;
   output_t* result;
-  long long source_plane;   // elements between channels (contiguous) or positions (channels_last: 1)
+  long long source_plane;  // elements between channels (contiguous) or positions (channels_last: 1)
   long long result_plane;
   int source_d, source_h, source_w;
   int result_d, result_h, result_w;
@@ -71,7 +71,8 @@ __device__ __forceinline__ void load_chunk(const PhaseGemmArgs& a, unsigned* til
     copy_async_4(tile + k * kPitch + p, inside ? from : source, inside);
 #else
     unsigned word = 0;
-    if (inside) word = kPerWord == 1 ? word_of(from[0]) : pack_words(from[0], channel + 1 < PG_K ? from[1] : storage_t());
+    if (inside)
+      word = kPerWord == 1 ? word_of(from[0]) : pack_words(from[0], channel + 1 < PG_K ? from[1] : storage_t());
     tile[k * kPitch + p] = word;
 #endif
   }
@@ -86,8 +87,8 @@ __device__ __forceinline__ void load_chunk(const PhaseGemmArgs& a, unsigned* til
     const int row = p / kRowWords, j = p % kRowWords;
     const int d = d0 + pg_rows_d[row / PG_NH], h = h0 + pg_rows_h[row % PG_NH];
     const int w = w0 + pg_planes_w[j / PG_JW] + (j % PG_JW) * PG_SRC_W;
-    const bool inside = (unsigned)d < (unsigned)a.source_d && (unsigned)h < (unsigned)a.source_h &&
-                        (unsigned)w < (unsigned)a.source_w;
+    const bool inside =
+        (unsigned)d < (unsigned)a.source_d && (unsigned)h < (unsigned)a.source_h && (unsigned)w < (unsigned)a.source_w;
     const storage_t* from = source + (inside ? ((long long)d * a.source_h + h) * a.source_w + w : 0) +
                             (long long)(chunk * PG_KC + team) * kPerWord * a.source_plane;
     unsigned* to = tile + team * kPitch + p;
@@ -145,9 +146,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
   const long long b = index / TCONV_GROUPS;
   const int q_d = tile_d * PG_TD, q_h = tile_h * PG_TH, q_w = tile_w * PG_TW;  // first lattice position
   const long long source_volume = (long long)a.source_d * a.source_h * a.source_w;
-  const storage_t* source =
-      TCONV_CHANNELS_LAST ? a.source + b * source_volume * (PG_K * TCONV_GROUPS) + group * PG_K
-                          : a.source + (b * TCONV_GROUPS + group) * PG_K * source_volume;
+  const storage_t* source = TCONV_CHANNELS_LAST ? a.source + b * source_volume * (PG_K * TCONV_GROUPS) + group * PG_K
+                                                : a.source + (b * TCONV_GROUPS + group) * PG_K * source_volume;
   const unsigned* weights = a.weights + (long long)((group * PG_NBLOCKS + column_block) * PG_WARPS_N + warp_n) *
                                             (PG_NUM_ITEMS * PG_CHUNKS * (PG_KC / 8) * kFragment);
 
@@ -238,124 +238,125 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
     // 4 epilogue and 5 store: through the warp's own stage, so that a store instruction writes whole lines.
 #pragma unroll
     for (int phase_group = 0; phase_group < PG_GROUPS; ++phase_group) {
-    const int* phase = pg_pass + 3 * (pass * PG_GROUPS + phase_group);
-    const int phase_d = phase[0], phase_h = phase[1], phase_w = phase[2];
-    const int n_first = (column_block * PG_WARPS_N + warp_n) * PG_WN;
+      const int* phase = pg_pass + 3 * (pass * PG_GROUPS + phase_group);
+      const int phase_d = phase[0], phase_h = phase[1], phase_w = phase[2];
+      const int n_first = (column_block * PG_WARPS_N + warp_n) * PG_WN;
 #if TCONV_CHANNELS_LAST
 #pragma unroll
-    for (int mi = 0; mi < kMTiles; ++mi) {
-      __syncwarp();
+      for (int mi = 0; mi < kMTiles; ++mi) {
+        __syncwarp();
 #pragma unroll
-      for (int rw = 0; rw < PG_PW; ++rw) {
+        for (int rw = 0; rw < PG_PW; ++rw) {
 #pragma unroll
-        for (int ni = 0; ni < kNTiles; ++ni) {
-          const int s = phase_group * PG_LIVE + (pg_slot[rw] < 0 ? 0 : pg_slot[rw]);
-          const bool live = pg_slot[rw] >= 0;
-          float* to = out_stage + (quad * PG_PW + rw) * kOutPitch + ni * 8 + quarter * 2;
-          to[0] = live ? acc[s][mi][ni][0] : 0.f;
-          to[1] = live ? acc[s][mi][ni][1] : 0.f;
-          to[8 * PG_PW * kOutPitch] = live ? acc[s][mi][ni][2] : 0.f;
-          to[8 * PG_PW * kOutPitch + 1] = live ? acc[s][mi][ni][3] : 0.f;
+          for (int ni = 0; ni < kNTiles; ++ni) {
+            const int s = phase_group * PG_LIVE + (pg_slot[rw] < 0 ? 0 : pg_slot[rw]);
+            const bool live = pg_slot[rw] >= 0;
+            float* to = out_stage + (quad * PG_PW + rw) * kOutPitch + ni * 8 + quarter * 2;
+            to[0] = live ? acc[s][mi][ni][0] : 0.f;
+            to[1] = live ? acc[s][mi][ni][1] : 0.f;
+            to[8 * PG_PW * kOutPitch] = live ? acc[s][mi][ni][2] : 0.f;
+            to[8 * PG_PW * kOutPitch + 1] = live ? acc[s][mi][ni][3] : 0.f;
+          }
         }
-      }
-      __syncwarp();
-      constexpr int kPerStore = sizeof(output_t) == 2 ? 2 : 1;
-      for (int e = lane * kPerStore; e < 16 * PG_PW * PG_WN; e += 32 * kPerStore) {
-        const int column = e % PG_WN, position = e / PG_WN;
-        const int m = warp_m * PG_WM + mi * 16 + position / PG_PW, row = m / PG_TW;
-        const int od = (q_d + row / PG_TH) * PG_OUT_D + phase_d, oh = (q_h + row % PG_TH) * PG_OUT_H + phase_h;
-        const int ow = (q_w + m % PG_TW) * PG_OUT_W + phase_w + position % PG_PW;
-        const int n = n_first + column;
-        if (od >= a.result_d || oh >= a.result_h || ow >= a.result_w || n >= PG_N) continue;
-        const int channel = group * PG_N + n;
-        const long long element =
-            (((b * a.result_d + od) * a.result_h + oh) * a.result_w + ow) * (PG_N * TCONV_GROUPS) + channel;
-        const float* from = out_stage + position * kOutPitch + column;
-        float value = from[0];
-        value += tconv_bias(a.bias, channel);
-        const output_t first = narrow<output_t>(tconv_epilogue<float>(value, channel, element, a.operands));
-        if (kPerStore == 2 && n + 1 < PG_N) {
-          float other = from[1];
-          other += tconv_bias(a.bias, channel + 1);
-          const output_t second = narrow<output_t>(tconv_epilogue<float>(other, channel + 1, element + 1, a.operands));
-          if (a.pair_stores) {
-            *reinterpret_cast<unsigned*>(a.result + element) = pack_words(first, second);
+        __syncwarp();
+        constexpr int kPerStore = sizeof(output_t) == 2 ? 2 : 1;
+        for (int e = lane * kPerStore; e < 16 * PG_PW * PG_WN; e += 32 * kPerStore) {
+          const int column = e % PG_WN, position = e / PG_WN;
+          const int m = warp_m * PG_WM + mi * 16 + position / PG_PW, row = m / PG_TW;
+          const int od = (q_d + row / PG_TH) * PG_OUT_D + phase_d, oh = (q_h + row % PG_TH) * PG_OUT_H + phase_h;
+          const int ow = (q_w + m % PG_TW) * PG_OUT_W + phase_w + position % PG_PW;
+          const int n = n_first + column;
+          if (od >= a.result_d || oh >= a.result_h || ow >= a.result_w || n >= PG_N) continue;
+          const int channel = group * PG_N + n;
+          const long long element =
+              (((b * a.result_d + od) * a.result_h + oh) * a.result_w + ow) * (PG_N * TCONV_GROUPS) + channel;
+          const float* from = out_stage + position * kOutPitch + column;
+          float value = from[0];
+          value += tconv_bias(a.bias, channel);
+          const output_t first = narrow<output_t>(tconv_epilogue<float>(value, channel, element, a.operands));
+          if (kPerStore == 2 && n + 1 < PG_N) {
+            float other = from[1];
+            other += tconv_bias(a.bias, channel + 1);
+            const output_t second =
+                narrow<output_t>(tconv_epilogue<float>(other, channel + 1, element + 1, a.operands));
+            if (a.pair_stores) {
+              *reinterpret_cast<unsigned*>(a.result + element) = pack_words(first, second);
+            } else {
+              a.result[element] = first;
+              a.result[element + 1] = second;
+            }
           } else {
             a.result[element] = first;
-            a.result[element + 1] = second;
           }
-        } else {
-          a.result[element] = first;
         }
       }
-    }
 #else
-    constexpr int kSegment = PG_WM < PG_TW ? PG_WM : PG_TW;  // the warp's positions within one row
-    constexpr int kSegments = PG_WM / kSegment;
-    constexpr int kLength = kSegment * PG_PW;
+      constexpr int kSegment = PG_WM < PG_TW ? PG_WM : PG_TW;  // the warp's positions within one row
+      constexpr int kSegments = PG_WM / kSegment;
+      constexpr int kLength = kSegment * PG_PW;
 #pragma unroll
-    for (int ni = 0; ni < kNTiles; ++ni) {
-      if (n_first + ni * 8 >= PG_N) break;
-      __syncwarp();
+      for (int ni = 0; ni < kNTiles; ++ni) {
+        if (n_first + ni * 8 >= PG_N) break;
+        __syncwarp();
 #pragma unroll
-      for (int rw = 0; rw < PG_PW; ++rw) {
+        for (int rw = 0; rw < PG_PW; ++rw) {
 #pragma unroll
-        for (int mi = 0; mi < kMTiles; ++mi) {
-          const int s = phase_group * PG_LIVE + (pg_slot[rw] < 0 ? 0 : pg_slot[rw]);
-          const bool live = pg_slot[rw] >= 0;
-          float* to = out_stage + quarter * 2 * kOutPitch + (mi * 16 + quad) * PG_PW + rw;
-          to[0] = live ? acc[s][mi][ni][0] : 0.f;
-          to[kOutPitch] = live ? acc[s][mi][ni][1] : 0.f;
-          to[8 * PG_PW] = live ? acc[s][mi][ni][2] : 0.f;
-          to[kOutPitch + 8 * PG_PW] = live ? acc[s][mi][ni][3] : 0.f;
+          for (int mi = 0; mi < kMTiles; ++mi) {
+            const int s = phase_group * PG_LIVE + (pg_slot[rw] < 0 ? 0 : pg_slot[rw]);
+            const bool live = pg_slot[rw] >= 0;
+            float* to = out_stage + quarter * 2 * kOutPitch + (mi * 16 + quad) * PG_PW + rw;
+            to[0] = live ? acc[s][mi][ni][0] : 0.f;
+            to[kOutPitch] = live ? acc[s][mi][ni][1] : 0.f;
+            to[8 * PG_PW] = live ? acc[s][mi][ni][2] : 0.f;
+            to[kOutPitch + 8 * PG_PW] = live ? acc[s][mi][ni][3] : 0.f;
+          }
         }
-      }
-      __syncwarp();
+        __syncwarp();
 #pragma unroll 1
-      for (int segment = 0; segment < kSegments; ++segment) {
-        const int m = warp_m * PG_WM + segment * kSegment, row = m / PG_TW;
-        const int od = (q_d + row / PG_TH) * PG_OUT_D + phase_d, oh = (q_h + row % PG_TH) * PG_OUT_H + phase_h;
-        if (od >= a.result_d || oh >= a.result_h) continue;
-        const int ow_first = (q_w + m % PG_TW) * PG_OUT_W + phase_w;
-        const float* from = out_stage + segment * kLength;
-        const int channel_first = group * PG_N + n_first + ni * 8;
-        long long element_first =
-            (b * (PG_N * TCONV_GROUPS) + channel_first) * a.result_plane + ((long long)od * a.result_h + oh) * a.result_w;
+        for (int segment = 0; segment < kSegments; ++segment) {
+          const int m = warp_m * PG_WM + segment * kSegment, row = m / PG_TW;
+          const int od = (q_d + row / PG_TH) * PG_OUT_D + phase_d, oh = (q_h + row % PG_TH) * PG_OUT_H + phase_h;
+          if (od >= a.result_d || oh >= a.result_h) continue;
+          const int ow_first = (q_w + m % PG_TW) * PG_OUT_W + phase_w;
+          const float* from = out_stage + segment * kLength;
+          const int channel_first = group * PG_N + n_first + ni * 8;
+          long long element_first = (b * (PG_N * TCONV_GROUPS) + channel_first) * a.result_plane +
+                                    ((long long)od * a.result_h + oh) * a.result_w;
 #pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          if (n_first + ni * 8 + c < PG_N) {
-            const int channel = channel_first + c;
-            const float bias = tconv_bias(a.bias, channel);
-            if (sizeof(output_t) == 2 && PG_PW == PG_OUT_W && kLength % 2 == 0 && a.pair_stores) {
+          for (int c = 0; c < 8; ++c) {
+            if (n_first + ni * 8 + c < PG_N) {
+              const int channel = channel_first + c;
+              const float bias = tconv_bias(a.bias, channel);
+              if (sizeof(output_t) == 2 && PG_PW == PG_OUT_W && kLength % 2 == 0 && a.pair_stores) {
 #pragma unroll
-              for (int x = 0; x < kLength; x += 64) {
-                const int at = x + lane * 2, ow = ow_first + at;
-                if (at < kLength && ow < a.result_w) {
-                  const long long element = element_first + ow;
-                  const output_t first =
-                      narrow<output_t>(tconv_epilogue<float>(from[c * kOutPitch + at] + bias, channel, element, a.operands));
-                  const output_t second =
-                      narrow<output_t>(tconv_epilogue<float>(from[c * kOutPitch + at + 1] + bias, channel, element + 1, a.operands));
-                  *reinterpret_cast<unsigned*>(a.result + element) = pack_words(first, second);
+                for (int x = 0; x < kLength; x += 64) {
+                  const int at = x + lane * 2, ow = ow_first + at;
+                  if (at < kLength && ow < a.result_w) {
+                    const long long element = element_first + ow;
+                    const output_t first = narrow<output_t>(
+                        tconv_epilogue<float>(from[c * kOutPitch + at] + bias, channel, element, a.operands));
+                    const output_t second = narrow<output_t>(
+                        tconv_epilogue<float>(from[c * kOutPitch + at + 1] + bias, channel, element + 1, a.operands));
+                    *reinterpret_cast<unsigned*>(a.result + element) = pack_words(first, second);
+                  }
                 }
-              }
-            } else {
+              } else {
 #pragma unroll
-              for (int x = 0; x < kLength; x += 32) {
-                const int at = x + lane;
-                const int ow = PG_PW == PG_OUT_W ? ow_first + at : ow_first + at / PG_PW * PG_OUT_W + at % PG_PW;
-                if (at < kLength && ow < a.result_w && (PG_PW == PG_OUT_W || phase_w + at % PG_PW < PG_OUT_W)) {
-                  const long long element = element_first + ow;
-                  a.result[element] =
-                      narrow<output_t>(tconv_epilogue<float>(from[c * kOutPitch + at] + bias, channel, element, a.operands));
+                for (int x = 0; x < kLength; x += 32) {
+                  const int at = x + lane;
+                  const int ow = PG_PW == PG_OUT_W ? ow_first + at : ow_first + at / PG_PW * PG_OUT_W + at % PG_PW;
+                  if (at < kLength && ow < a.result_w && (PG_PW == PG_OUT_W || phase_w + at % PG_PW < PG_OUT_W)) {
+                    const long long element = element_first + ow;
+                    a.result[element] = narrow<output_t>(
+                        tconv_epilogue<float>(from[c * kOutPitch + at] + bias, channel, element, a.operands));
+                  }
                 }
               }
             }
+            element_first += a.result_plane;
           }
-          element_first += a.result_plane;
         }
       }
-    }
 #endif
     }
   }

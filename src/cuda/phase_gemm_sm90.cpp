@@ -19,20 +19,21 @@ using std::int64_t;
 // block_m rows (channel x width phase), block_n positions at most, block_k words per chunk, stages 1 (the whole reduction
 // fits one chunk) or 2, warps, split 1: every phase pair its own block.
 #define SPLITS(m, n, k, s, w) {m, n, k, s, w, 0}, {m, n, k, s, w, 1}
-#define CHUNKS(m, n, w) SPLITS(m, n, 8, 1, w), SPLITS(m, n, 16, 1, w), SPLITS(m, n, 32, 1, w), SPLITS(m, n, 16, 2, w), SPLITS(m, n, 32, 2, w)
-constexpr Config kConfigs[] = {CHUNKS(64, 256, 4), CHUNKS(64, 128, 4), CHUNKS(64, 64, 4),
+#define CHUNKS(m, n, w) \
+  SPLITS(m, n, 8, 1, w), SPLITS(m, n, 16, 1, w), SPLITS(m, n, 32, 1, w), SPLITS(m, n, 16, 2, w), SPLITS(m, n, 32, 2, w)
+constexpr Config kConfigs[] = {CHUNKS(64, 256, 4),  CHUNKS(64, 128, 4),  CHUNKS(64, 64, 4),
                                CHUNKS(128, 256, 8), CHUNKS(128, 128, 8), CHUNKS(128, 64, 8)};
 #undef CHUNKS
 #undef SPLITS
 
 constexpr int kMaxWidthPhases = 8;
-constexpr int kMaxTaps = 4096;     // tables in constant memory
+constexpr int kMaxTaps = 4096;      // tables in constant memory
 constexpr int kStageFloats = 8192;  // a part of the results on its way to whole lines: 64 channels x 128 positions
 
 struct Entry {
   int tap_d, tap_h;
-  int shift_w;                // where it reads
-  std::vector<int> tap_w;     // per live width phase: the tap, or -1
+  int shift_w;             // where it reads
+  std::vector<int> tap_w;  // per live width phase: the tap, or -1
 };
 
 struct Pass {
@@ -111,7 +112,8 @@ Geometry layer_geometry(const Problem& problem) {
   if (g.live.empty()) g.live.push_back(0);
   g.num_live = static_cast<int>(g.live.size());
   g.channels = 64 / g.num_live;
-  const int64_t passes = static_cast<int64_t>(phases[0].size()) * static_cast<int64_t>(phases[1].size()) * ceil_div(width, g.width_phases);
+  const int64_t passes =
+      static_cast<int64_t>(phases[0].size()) * static_cast<int64_t>(phases[1].size()) * ceil_div(width, g.width_phases);
   if (passes > kMaxTaps) return refuse("more than " + std::to_string(kMaxTaps) + " phases");
   for (int rd = 0; rd < static_cast<int>(phases[0].size()); ++rd)
     for (int rh = 0; rh < static_cast<int>(phases[1].size()); ++rh)
@@ -155,7 +157,8 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   g.staged[0] = columns_of(1, g.source_step[0], g.offset[0]);
   const int halo = columns_of(8, g.source_step[2], g.offset[2]).length - 8;
   double best = std::numeric_limits<double>::max();
-  for (int tw : {8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 32 - halo, 64 - halo, 128 - halo, config.block_n - halo, config.block_n}) {
+  for (int tw : {8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 32 - halo, 64 - halo, 128 - halo,
+                 config.block_n - halo, config.block_n}) {
     if (tw < 4 || tw > config.block_n) continue;
     const Columns columns = columns_of(tw, g.source_step[2], g.offset[2]);
     const int most = (config.block_n - tw) / columns.length + 1;
@@ -167,9 +170,12 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
                                 columns.length * rows.length * g.staged[0].length;
       const int64_t plane = ceil_div(positions + 8, 8) * 8;
       if (plane * 16 > 262128) continue;
-      if (static_cast<std::size_t>(config.stages) * (config.block_k / 4) * plane * 16 + 1024 > device.shared_memory_per_block) continue;
+      if (static_cast<std::size_t>(config.stages) * (config.block_k / 4) * plane * 16 + 1024 >
+          device.shared_memory_per_block)
+        continue;
       const int64_t tiles = ceil_div(g.lattice[1], th) * ceil_div(g.lattice[2], tw);
-      const double cost = static_cast<double>(tiles) * (run + 0.6 * static_cast<double>(positions) + 16) * (1.0 + 6.0 / tw);
+      const double cost =
+          static_cast<double>(tiles) * (run + 0.6 * static_cast<double>(positions) + 16) * (1.0 + 6.0 / tw);
       if (cost < best) {
         best = cost;
         g.th = th, g.tw = tw, g.columns = run;
@@ -190,7 +196,7 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
     // One phase: = 8 mod 32 for 8-byte stores; two: = 16 mod 32 for 16-byte stores.
     const int points = g.part * g.width_phases;
     g.stage_pitch = static_cast<int>(g.num_live == 2 && g.width_phases == 2 ? ceil_div(points - 16, 32) * 32 + 16
-                                                                           : ceil_div(points - 8, 32) * 32 + 8);
+                                                                            : ceil_div(points - 8, 32) * 32 + 8);
     g.stage_words = g.channels * g.stage_pitch;
   }
   g.stage_words = static_cast<int>(ceil_div(g.stage_words, 32) * 32);
@@ -200,9 +206,11 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
     return refuse(std::to_string(g.shared_bytes) + " bytes of shared memory");
   const bool planar16 = size_of(problem.dtype) == 2 && problem.layout == Layout::contiguous;
   // Sums, four sets of rows, addresses; with a pipeline also two batches on their way.
-  g.registers = g.columns / 2 + config.block_k * 2 + 44 + (config.stages == 2 ? config.block_k / 2 * (planar16 ? 8 : 4) : 0);
+  g.registers = g.columns / 2 + config.block_k * 2 + (config.stages == 1 && planar16 ? 56 : 44) +
+                (config.stages == 2 ? config.block_k / 2 * (planar16 ? 8 : 4) : 0);
   if (g.registers > 255) return refuse(std::to_string(g.registers) + " registers a thread");
-  const int by_shared = std::max<int>(1, static_cast<int>(device.shared_memory_per_multiprocessor / (g.shared_bytes + 1024)));
+  const int by_shared =
+      std::max<int>(1, static_cast<int>(device.shared_memory_per_multiprocessor / (g.shared_bytes + 1024)));
   g.blocks_per_multiprocessor = std::min({std::max(1, 65536 / (g.registers * g.threads)), by_shared, 8});
   return g;
 }
@@ -213,7 +221,8 @@ int64_t num_blocks(const Problem& problem, const Config& config, const Geometry&
 }
 
 std::size_t packed_words(const Problem& problem, const Config& config, const Geometry& g) {
-  return static_cast<std::size_t>(problem.groups) * g.row_blocks * g.warpgroups * g.num_entries * g.chunks * (config.block_k / 8) * 512;
+  return static_cast<std::size_t>(problem.groups) * g.row_blocks * g.warpgroups * g.num_entries * g.chunks *
+         (config.block_k / 8) * 512;
 }
 
 Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config) {
@@ -232,7 +241,8 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   }
   const Geometry g = geometry(problem, device, config, cached_layer);
   fit.refusal = g.refusal;
-  if (fit && problem.batch * volume(g.forward ? problem.input : output_size(problem)) == 0) fit.refusal = "empty source";
+  if (fit && problem.batch * volume(g.forward ? problem.input : output_size(problem)) == 0)
+    fit.refusal = "empty source";
   if (!fit) return fit;
   const int64_t blocks = num_blocks(problem, config, g);
   if (blocks >= (int64_t{1} << 31)) {
@@ -243,18 +253,22 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   const double passes_in_block = config.split ? 1.0 : static_cast<double>(g.passes.size());
   const double entries = g.num_entries * passes_in_block / static_cast<double>(g.passes.size());
   // A product of n positions takes n / 2 cycles at the peak; two blocks on a multiprocessor reach some 75 % of it.
-  const double multiply = g.warpgroups * entries * g.chunks * ((config.block_k / 8) * std::max(g.columns / 2.0, 24.0) / 0.75 + 40.0);
+  const double multiply =
+      g.warpgroups * entries * g.chunks * ((config.block_k / 8) * std::max(g.columns / 2.0, 24.0) / 0.75 + 40.0);
   const double unit = problem.layout == Layout::channels_last ? 8.0 : size_of(problem.dtype) == 2 ? 26.0 : 16.0;
   const double loads = (g.chunks == 1 ? 1.0 : passes_in_block * g.chunks) * (config.block_k / 4) * g.positions;
   const double load = loads / 32.0 * unit / 3.0;
   double math = 0;
-  for (const Op& op : epilogue.ops) math += is_norm(op.kind) ? 0 : op.kind == OpKind::gelu || op.kind == OpKind::mish ? 30 : 8;
+  for (const Op& op : epilogue.ops)
+    math += is_norm(op.kind) ? 0 : op.kind == OpKind::gelu || op.kind == OpKind::mish ? 30 : 8;
   const double results = static_cast<double>(g.columns) * g.channels * g.width_phases * g.warpgroups * passes_in_block;
   const double store = results / 32.0 * (14.0 + math) / 3.5;
-  const double resident = std::min<double>(g.blocks_per_multiprocessor, std::ceil(static_cast<double>(blocks) / device.multiprocessors));
+  const double resident =
+      std::min<double>(g.blocks_per_multiprocessor, std::ceil(static_cast<double>(blocks) / device.multiprocessors));
   const double rounds = std::ceil(static_cast<double>(blocks) / device.multiprocessors);
   // One resident block cannot overlap its own loads, products and stores; two overlap most of it.
-  const double serial = multiply + load + store, parallel = std::max(multiply, load + store) + 0.3 * std::min(multiply, load + store);
+  const double serial = multiply + load + store,
+               parallel = std::max(multiply, load + store) + 0.3 * std::min(multiply, load + store);
   const double block_cycles = resident >= 3 ? parallel : resident >= 2 ? 0.7 * parallel + 0.3 * serial : serial;
   const double compute = (rounds * block_cycles + 2000.0) / clock * 1e6;
   const double traffic = minimum_bytes(problem) / (device.bandwidth_tbs * 1e12 * 0.8) * 1e6;
@@ -285,8 +299,9 @@ std::vector<Unit> units(const Step& step) {
   define("P9_NUM_LIVE", g.num_live);
   define("P9_CHANNELS", g.channels);
   // Two phases: rows r and r + 8, which one thread holds, so that it can store them interleaved.
-  define("P9_ROW_CHANNEL(row)", g.num_live == 1 ? "(row)" : g.num_live == 2 ? "((row) / 16 * 8 + (row) % 8)"
-                                                                            : "((row) / P9_NUM_LIVE)");
+  define("P9_ROW_CHANNEL(row)", g.num_live == 1   ? "(row)"
+                                : g.num_live == 2 ? "((row) / 16 * 8 + (row) % 8)"
+                                                  : "((row) / P9_NUM_LIVE)");
   define("P9_ROW_LIVE(row)", g.num_live == 1 ? "0" : g.num_live == 2 ? "((row) / 8 % 2)" : "((row) % P9_NUM_LIVE)");
   define("P9_K8", g.chunks * (config.block_k / 8));
   define("P9_ROW_WARPGROUPS", g.row_blocks * g.warpgroups);
@@ -300,7 +315,9 @@ std::vector<Unit> units(const Step& step) {
     for (const Entry& entry : pass.entries) {
       const auto at = std::find(g.offset[2].begin(), g.offset[2].end(), entry.shift_w) - g.offset[2].begin();
       const int in_row = g.staged[2].tap_word[at];  // plane * length + column
-      word.push_back(((in_row / length * rows_d + g.staged[0].tap_word[entry.tap_d]) * rows_h + g.staged[1].tap_word[entry.tap_h]) * length +
+      word.push_back(((in_row / length * rows_d + g.staged[0].tap_word[entry.tap_d]) * rows_h +
+                      g.staged[1].tap_word[entry.tap_h]) *
+                         length +
                      in_row % length);
       for (int t : entry.tap_w) tap.push_back(t < 0 ? -1 : (entry.tap_d * kh + entry.tap_h) * kw + t);
     }
@@ -411,7 +428,8 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   const int64_t unit = 16 / static_cast<int64_t>(size_of(problem.dtype));
   args.vector_loads = reinterpret_cast<std::uintptr_t>(args.source) % 16 == 0 && g.k % unit == 0;
   const bool aligned = reinterpret_cast<std::uintptr_t>(tensors.output) % 4 == 0;
-  args.pair_stores = aligned && (problem.layout == Layout::channels_last ? g.n % 2 == 0 && g.channels % 2 == 0 : result[2] % 2 == 0);
+  args.pair_stores =
+      aligned && (problem.layout == Layout::channels_last ? g.n % 2 == 0 && g.channels % 2 == 0 : result[2] % 2 == 0);
   for (int i = 0; i < kMaxOperands; ++i) args.operands[i] = tensors.operands[i];
   void* pointers[] = {&args};
   launch(*ready.functions[0], {static_cast<unsigned>(ready.blocks)}, stream, pointers);

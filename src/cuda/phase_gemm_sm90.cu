@@ -16,15 +16,15 @@ __constant__ int p9_pass[] = {P9_PASS};                // depth phase, height ph
 __constant__ int p9_planes_d[] = {P9_PLANES_D};        // source coordinate of each plane's first row or column
 __constant__ int p9_planes_h[] = {P9_PLANES_H};
 __constant__ int p9_planes_w[] = {P9_PLANES_W};
-__constant__ int p9_live[] = {P9_LIVE};                // width phases with taps, in row order
+__constant__ int p9_live[] = {P9_LIVE};  // width phases with taps, in row order
 
 constexpr int kThreads = 128 * P9_WARPGROUPS;
-constexpr int kPerUnit = 16 / sizeof(storage_t);       // channels in 16 bytes
-constexpr int kUnits = P9_KC / 4;                      // planes per chunk; P9_KC counts 4-byte words
+constexpr int kPerUnit = 16 / sizeof(storage_t);  // channels in 16 bytes
+constexpr int kUnits = P9_KC / 4;                 // planes per chunk; P9_KC counts 4-byte words
 constexpr int kSteps = P9_KC / 8;
 constexpr int kRowsD = P9_NPD * P9_JD, kRowsH = P9_NPH * P9_JH;
 constexpr int kPositions = P9_NPW * kRowsD * kRowsH * P9_JW;
-constexpr int kPlane = P9_PLANE;                       // positions of a plane, with room for the run's overhang
+constexpr int kPlane = P9_PLANE;  // positions of a plane, with room for the run's overhang
 constexpr int kBatches = (kPositions + kThreads - 1) / kThreads;
 constexpr int kRaw = TCONV_CHANNELS_LAST ? 4 : kPerUnit;  // registers of a unit on its way
 constexpr int kSums = P9_N / 2;
@@ -48,9 +48,10 @@ struct Batch {
 };
 
 // 2 load: all units of one position per thread.
-__device__ __forceinline__ void load_batch(Batch& batch, const PhaseGemmArgs& a, const storage_t* source, int chunk, int p,
-                                           int d0, int h0, int w0) {
-  const int j = p % P9_JW, h_row = p / P9_JW % kRowsH, d_row = p / (P9_JW * kRowsH) % kRowsD, plane = p / (P9_JW * kRowsH * kRowsD);
+__device__ __forceinline__ void load_batch(Batch& batch, const PhaseGemmArgs& a, const storage_t* source, int chunk,
+                                           int p, int d0, int h0, int w0) {
+  const int j = p % P9_JW, h_row = p / P9_JW % kRowsH, d_row = p / (P9_JW * kRowsH) % kRowsD,
+            plane = p / (P9_JW * kRowsH * kRowsD);
   const int d = d0 + p9_planes_d[d_row / P9_JD] + d_row % P9_JD * P9_SRC_D;
   const int h = h0 + p9_planes_h[h_row / P9_JH] + h_row % P9_JH * P9_SRC_H;
   const int w = w0 + p9_planes_w[plane < P9_NPW ? plane : 0] + j * P9_SRC_W;
@@ -78,7 +79,8 @@ __device__ __forceinline__ void load_batch(Batch& batch, const PhaseGemmArgs& a,
     batch.raw[u * 4 + 3] = four.w;
   }
 #else
-  const storage_t* from = source + (inside ? ((long long)d * a.source_h + h) * a.source_w + w : 0) + first * a.source_plane;
+  const storage_t* from =
+      source + (inside ? ((long long)d * a.source_h + h) * a.source_w + w : 0) + first * a.source_plane;
 #pragma unroll
   for (int c = 0; c < kUnits * kPerUnit; ++c) {
     batch.raw[c] = inside && (P9_K % (kUnits * kPerUnit) == 0 || first + c < P9_K) ? word_of(*from) : 0u;
@@ -94,8 +96,8 @@ __device__ __forceinline__ void store_batch(const Batch& batch, uint4* tile, int
     const unsigned* raw = batch.raw + u * kRaw;
     uint4 unit;
 #if TCONV_DTYPE_f32
-    unit = make_uint4(to_tf32(__uint_as_float(raw[0])), to_tf32(__uint_as_float(raw[1])), to_tf32(__uint_as_float(raw[2])),
-                      to_tf32(__uint_as_float(raw[3])));
+    unit = make_uint4(to_tf32(__uint_as_float(raw[0])), to_tf32(__uint_as_float(raw[1])),
+                      to_tf32(__uint_as_float(raw[2])), to_tf32(__uint_as_float(raw[3])));
 #elif TCONV_CHANNELS_LAST
     unit = make_uint4(raw[0], raw[1], raw[2], raw[3]);
 #else
@@ -194,12 +196,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, P9_MIN_BLOCKS) phase_gemm
   const int q_d = tile_d, q_h = tile_h * P9_TH, q_w = tile_w * P9_TW;
   const int d0 = q_d * P9_SRC_D, h0 = q_h * P9_SRC_H, w0 = q_w * P9_SRC_W;
   const long long source_volume = (long long)a.source_d * a.source_h * a.source_w;
-  const storage_t* source = TCONV_CHANNELS_LAST
-                                ? a.source + b * source_volume * (P9_K * TCONV_GROUPS) + group * P9_K
-                                : a.source + (b * TCONV_GROUPS + group) * P9_K * source_volume;
-  const uint4* rows = reinterpret_cast<const uint4*>(a.weights) +
-                      (long long)(group * P9_ROW_BLOCKS * P9_WARPGROUPS + row_block) *
-                          (P9_NUM_ENTRIES * P9_CHUNKS * kSteps * 128) + thread;
+  const storage_t* source = TCONV_CHANNELS_LAST ? a.source + b * source_volume * (P9_K * TCONV_GROUPS) + group * P9_K
+                                                : a.source + (b * TCONV_GROUPS + group) * P9_K * source_volume;
+  const uint4* rows =
+      reinterpret_cast<const uint4*>(a.weights) +
+      (long long)(group * P9_ROW_BLOCKS * P9_WARPGROUPS + row_block) * (P9_NUM_ENTRIES * P9_CHUNKS * kSteps * 128) +
+      thread;
 
   const int num_chunks = P9_CHUNKS == 1 ? 1 : (pass_end - pass_begin) * P9_CHUNKS;
   Batch first_batch, second_batch;
@@ -256,8 +258,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, P9_MIN_BLOCKS) phase_gemm
       }
       if (more) {
         while (batches < kBatches + 2) {
-          if (batches % 2 == 0) transfer(first_batch);
-          else transfer(second_batch);
+          if (batches % 2 == 0)
+            transfer(first_batch);
+          else
+            transfer(second_batch);
         }
         fence_shared_for_wgmma();
       }
@@ -292,11 +296,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, P9_MIN_BLOCKS) phase_gemm
           const int p = part * kPart + point / P9_PW, col = p % P9_JW, row = p / P9_JW;
           const int within = phase_w + point % P9_PW;
           const int oh = (q_h + row) * P9_OUT_H + phase_h, ow = (q_w + col) * P9_OUT_W + within;
-          if (row < P9_TH && col < P9_TW && (P9_PW == P9_OUT_W || within < P9_OUT_W) && oh < a.result_h && ow < a.result_w) {
+          if (row < P9_TH && col < P9_TW && (P9_PW == P9_OUT_W || within < P9_OUT_W) && oh < a.result_h &&
+              ow < a.result_w) {
             const long long element =
-                (((b * a.result_d + od) * a.result_h + oh) * a.result_w + ow) * (P9_N_CHANNELS * TCONV_GROUPS) + channel;
+                (((b * a.result_d + od) * a.result_h + oh) * a.result_w + ow) * (P9_N_CHANNELS * TCONV_GROUPS) +
+                channel;
             const float* from = stage + point * P9_STAGE_PITCH + column;
-            const output_t first = narrow<output_t>(tconv_epilogue<float>(from[0] + bias0, channel, element, a.operands));
+            const output_t first =
+                narrow<output_t>(tconv_epilogue<float>(from[0] + bias0, channel, element, a.operands));
             if (pair) {
               const output_t second =
                   narrow<output_t>(tconv_epilogue<float>(from[1] + bias1, channel + 1, element + 1, a.operands));
@@ -349,8 +356,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, P9_MIN_BLOCKS) phase_gemm
             if (to[i][0] < 0 && to[i][kPerLane - 1] < 0) continue;
             const output_t first = narrow<output_t>(
                 tconv_epilogue<float>(from[i * kSpan] + bias, channel, element_first + to[i][0], a.operands));
-            const output_t second = narrow<output_t>(
-                tconv_epilogue<float>(from[i * kSpan + 1] + bias, channel, element_first + to[i][kPerLane - 1], a.operands));
+            const output_t second = narrow<output_t>(tconv_epilogue<float>(
+                from[i * kSpan + 1] + bias, channel, element_first + to[i][kPerLane - 1], a.operands));
             if (a.pair_stores && to[i][0] >= 0 && to[i][kPerLane - 1] == to[i][0] + 1 && to[i][0] % 2 == 0) {
               *reinterpret_cast<unsigned*>(result + to[i][0]) = pack_words(first, second);
             } else {

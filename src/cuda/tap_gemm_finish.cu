@@ -8,8 +8,8 @@
 
 __constant__ int tg_slice_tap[] = {TG_SLICE_TAP};  // [slice][TG_TAPS] -> packed tap, or -1
 
-extern "C" __global__ void __launch_bounds__(256) tap_gemm_finish(const float* partial, storage_t* grad_weight,
-                                                                  int summands) {
+extern "C" __global__ void __launch_bounds__(256)
+    tap_gemm_finish(const float* partial, storage_t* grad_weight, int summands) {
   // 256 threads: 8 eighths of 32 elements.
   __shared__ float sums[8][33];
   constexpr long long kPerBlock = TG_BLOCK_FLOATS;

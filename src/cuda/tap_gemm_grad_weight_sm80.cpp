@@ -67,19 +67,22 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   g.blocks_m = static_cast<int>(ceil_div(ci, config.block_m));
   g.blocks_n = static_cast<int>(ceil_div(co, config.block_n));
 
-  static_cast<TapTiling&>(g) =
-      tap_tiling(problem, config.block_k, kMaxAccumulators / (g.wm / 16 * (g.wn / 8) * 4), 1, config.block_m, config.block_n,
-                 [&](int grad_pitch) {
-                   return 2 * 4 * (static_cast<std::size_t>(config.block_m) * input_pitch_of(config) +
-                                   static_cast<std::size_t>(config.block_n) * grad_pitch);
-                 },
-                 device.shared_memory_per_block);
+  static_cast<TapTiling&>(g) = tap_tiling(
+      problem, config.block_k, kMaxAccumulators / (g.wm / 16 * (g.wn / 8) * 4), 1, config.block_m, config.block_n,
+      [&](int grad_pitch) {
+        return 2 * 4 *
+               (static_cast<std::size_t>(config.block_m) * input_pitch_of(config) +
+                static_cast<std::size_t>(config.block_n) * grad_pitch);
+      },
+      device.shared_memory_per_block);
   if (g.tile[2] == 0) return refuse("no tile fits shared memory");
 
   const int accumulators = g.wm / 16 * (g.wn / 8) * 4 * g.taps;
-  const int registers = std::min(255, 2 * accumulators + 56 + (g.split3 ? 16 : 0));
-  const int by_shared = std::max<int>(1, static_cast<int>(device.shared_memory_per_multiprocessor / (g.shared_bytes + 1024)));
-  g.blocks_per_multiprocessor = std::min({std::max(1, 65536 / (registers * g.threads)), by_shared, 2048 / g.threads, 8});
+  const int registers = std::min(255, 2 * accumulators + (g.exact ? 72 : 60) + (g.split3 ? 16 : 0));
+  const int by_shared =
+      std::max<int>(1, static_cast<int>(device.shared_memory_per_multiprocessor / (g.shared_bytes + 1024)));
+  g.blocks_per_multiprocessor =
+      std::min({std::max(1, 65536 / (registers * g.threads)), by_shared, 2048 / g.threads, 8});
   // Two waves of blocks: enough to balance, few enough partial sums.
   const int64_t others = static_cast<int64_t>(problem.groups) * g.blocks_m * g.blocks_n * g.slices;
   const int64_t wanted = ceil_div(int64_t{2} * device.multiprocessors * g.blocks_per_multiprocessor, others);
@@ -120,10 +123,18 @@ Fit fit(const Problem& problem, const Epilogue&, const Device& device, const Con
   const double lines = g.wm / 16, columns = g.wn / 8, factor = g.split3 ? 3.0 : 1.0;
   const double products = g.taps * lines * columns * factor * 1.7;
   const double accesses = 4.0 * lines + 2.0 * columns * g.taps;
-  const double issue = (accesses * (g.split3 ? 4.0 : g.exact ? 1.2 : 2.2) + g.taps * lines * columns * factor + 10.0) / 4.0;
+  const double issue = (accesses * (g.split3  ? 4.0
+                                    : g.exact ? 1.2
+                                              : 2.2) +
+                        g.taps * lines * columns * factor + 10.0) /
+                       4.0;
   const double step = std::max({products, accesses, issue}) + 0.25 * std::min(products, accesses);
-  const double load = (config.block_m * static_cast<double>(config.block_k) + config.block_n * static_cast<double>(g.grad_positions)) /
-                      32.0 * (g.exact ? 2.5 : problem.layout == Layout::channels_last ? 2.2 : 1.2);
+  const double load =
+      (config.block_m * static_cast<double>(config.block_k) + config.block_n * static_cast<double>(g.grad_positions)) /
+      32.0 *
+      (g.exact                                   ? 2.5
+       : problem.layout == Layout::channels_last ? 2.2
+                                                 : 1.2);
   const double tiles_per_share = static_cast<double>(ceil_div(g.num_tiles, g.shares));
   const double rounds = std::ceil(static_cast<double>(g.blocks) / device.multiprocessors);
   const double warps = static_cast<double>(g.blocks_per_multiprocessor) * config.warps;
@@ -193,12 +204,13 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     void* grad_weight = tensors.output;
     int summands = g.shares * g.warps_k;
     void* finish[] = {&partial, &grad_weight, &summands};
-    const int64_t elements = int64_t{problem.groups} * g.blocks_m * g.blocks_n * g.slices * block_floats(step.config, g);
+    const int64_t elements =
+        int64_t{problem.groups} * g.blocks_m * g.blocks_n * g.slices * block_floats(step.config, g);
     launch(*ready.functions[1], {static_cast<unsigned>(elements / 32)}, stream, finish);
   }
   if (tensors.grad_bias != nullptr)
-    launch_channel_sum(step, tensors, static_cast<float*>(tensors.workspace) + partial_floats(problem, step.config, g), stream,
-                       *ready.functions[2], *ready.functions[3]);
+    launch_channel_sum(step, tensors, static_cast<float*>(tensors.workspace) + partial_floats(problem, step.config, g),
+                       stream, *ready.functions[2], *ready.functions[3]);
 }
 
 }  // namespace

@@ -87,8 +87,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, TG_MIN_BLOCKS) tap_gemm_g
           const int d = q_d * TCONV_S0 + offset_d + tg_rows_d[row / TG_NH];
           const int h = q_h * TCONV_S1 + offset_h + tg_rows_h[row % TG_NH];
           const int w = (q_w + j % TG_JW) * TCONV_S2 + tg_planes_w[j / TG_JW];
-          const bool inside = (unsigned)d < (unsigned)a.grad_d && (unsigned)h < (unsigned)a.grad_h &&
-                              (unsigned)w < (unsigned)a.grad_w;
+          const bool inside =
+              (unsigned)d < (unsigned)a.grad_d && (unsigned)h < (unsigned)a.grad_h && (unsigned)w < (unsigned)a.grad_w;
           return inside ? ((long long)d * a.grad_h + h) * a.grad_w + w : -1;
         });
   };
@@ -177,9 +177,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, TG_MIN_BLOCKS) tap_gemm_g
   // 5 store: in fragment order, so that every store is a full line: [block][share][k-warp][tap, mi, ni][warp][lane][4].
   const int block = ((group * TG_BLOCKS_M + block_m) * TG_BLOCKS_N + block_n) * TG_SLICES + slice;
   constexpr int kWarps = TG_WARPS_M * TG_WARPS_N;
-  float4* to = reinterpret_cast<float4*>(a.partial) +
-               (((long long)block * a.shares + share) * TG_WARPS_K + warp_k) * (TG_TAPS * kMTiles * kNTiles * kWarps * 32) +
-               (warp_n * TG_WARPS_M + warp_m) * 32 + lane;
+  float4* to =
+      reinterpret_cast<float4*>(a.partial) +
+      (((long long)block * a.shares + share) * TG_WARPS_K + warp_k) * (TG_TAPS * kMTiles * kNTiles * kWarps * 32) +
+      (warp_n * TG_WARPS_M + warp_m) * 32 + lane;
 #pragma unroll
   for (int t = 0; t < TG_TAPS; ++t)
 #pragma unroll

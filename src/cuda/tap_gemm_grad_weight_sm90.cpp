@@ -20,9 +20,10 @@ constexpr Config kConfigs[] = {POSITIONS(64, 64), POSITIONS(64, 32), POSITIONS(6
                                POSITIONS(16, 64), POSITIONS(16, 32), POSITIONS(16, 16), POSITIONS(16, 8)};
 #undef POSITIONS
 
-constexpr int kMaxSums = 96;     // registers; with two sets of rows and addresses about 170, three blocks a multiprocessor
-constexpr int kMaxTaps = 4096;   // tables in constant memory
-constexpr int kFlush = 2048;     // positions summed by the tensor core before they move to memory: truncation 8e-6 at worst
+constexpr int kMaxSums = 96;  // registers; with two sets of rows and addresses about 170, three blocks a multiprocessor
+constexpr int kMaxTaps = 4096;  // tables in constant memory
+constexpr int kFlush =
+    2048;  // positions summed by the tensor core before they move to memory: truncation 8e-6 at worst
 
 struct Geometry : TapTiling {
   std::string refusal;
@@ -69,7 +70,8 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   if (g.sets > 12) return refuse(std::to_string(g.sets) + " sums a thread at once");
   const int registers = g.sets * (config.block_n / 2 + 9) + 60;
   if (registers > 240) return refuse(std::to_string(registers) + " registers a thread");
-  const int by_shared = std::max<int>(1, static_cast<int>(device.shared_memory_per_multiprocessor / (g.shared_bytes + 1024)));
+  const int by_shared =
+      std::max<int>(1, static_cast<int>(device.shared_memory_per_multiprocessor / (g.shared_bytes + 1024)));
   g.blocks_per_multiprocessor = std::min({std::max(1, 65536 / (registers * 128)), by_shared, 8});
   const int64_t others = problem.groups * g.blocks_m * g.blocks_n * g.slices;
   const int64_t wanted = ceil_div(int64_t{2} * device.multiprocessors * g.blocks_per_multiprocessor, others);
@@ -108,7 +110,8 @@ Fit fit(const Problem& problem, const Epilogue&, const Device& device, const Con
   const double issue = g.sets * (g.exact ? 6.0 : 10.0) + 20.0;
   const double access = g.sets * (16.0 + config.block_n / 4.0);
   const double step = std::max({product, issue, access}) + 0.3 * std::min(product, access);
-  const double words = config.block_n * static_cast<double>(config.block_k) + config.block_m * static_cast<double>(g.grad_positions);
+  const double words =
+      config.block_n * static_cast<double>(config.block_k) + config.block_m * static_cast<double>(g.grad_positions);
   const double load = words / 32.0 * (g.exact ? 2.5 : problem.layout == Layout::channels_last ? 2.4 : 1.4) + 400.0;
   const double tiles_per_share = static_cast<double>(ceil_div(g.num_tiles, g.shares));
   const double rounds = std::ceil(static_cast<double>(g.blocks) / device.multiprocessors);

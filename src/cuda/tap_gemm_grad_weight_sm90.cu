@@ -22,13 +22,13 @@ constexpr int kThreads = 128;
 constexpr int kRowWords = TG_NPW * TG_JW;
 constexpr int kGradPositions = TG_ND * TG_NH * kRowWords;
 constexpr int kInputPositions = TG_TD * TG_TH * TG_TW;
-constexpr int kUnitPitch = TG_BN + 1;        // units of 4 positions: an odd pitch spreads them over the banks
+constexpr int kUnitPitch = TG_BN + 1;  // units of 4 positions: an odd pitch spreads them over the banks
 constexpr int kInputWords = kInputPositions * kUnitPitch;
-constexpr int kGradPitch = TG_GRAD_PITCH;    // = 4 mod 32: 8 channels x 4 positions hit 32 banks, whatever the shift
+constexpr int kGradPitch = TG_GRAD_PITCH;  // = 4 mod 32: 8 channels x 4 positions hit 32 banks, whatever the shift
 constexpr int kStageWords = (kInputWords + TG_CHANNELS * kGradPitch + 31) / 32 * 32;
 constexpr int kSteps = kInputPositions / 8;
-constexpr int kTapRows = 64 / TG_CHANNELS;   // taps side by side in the rows
-constexpr int kSets = TG_TAPS / kTapRows;    // sums per thread
+constexpr int kTapRows = 64 / TG_CHANNELS;  // taps side by side in the rows
+constexpr int kSets = TG_TAPS / kTapRows;   // sums per thread
 
 struct TapGemmArgs {
   const storage_t* input;
@@ -86,8 +86,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, TG_MIN_BLOCKS) tap_gemm_g
           const int d = q_d * TCONV_S0 + offset_d + tg_rows_d[row / TG_NH];
           const int h = q_h * TCONV_S1 + offset_h + tg_rows_h[row % TG_NH];
           const int w = (q_w + j % TG_JW) * TCONV_S2 + tg_planes_w[j / TG_JW];
-          const bool inside = (unsigned)d < (unsigned)a.grad_d && (unsigned)h < (unsigned)a.grad_h &&
-                              (unsigned)w < (unsigned)a.grad_w;
+          const bool inside =
+              (unsigned)d < (unsigned)a.grad_d && (unsigned)h < (unsigned)a.grad_h && (unsigned)w < (unsigned)a.grad_w;
           return inside ? ((long long)d * a.grad_h + h) * a.grad_w + w : -1;
         });
   };

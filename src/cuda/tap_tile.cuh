@@ -49,8 +49,10 @@ __device__ __forceinline__ void load_tile(unsigned* tile, const storage_t* base,
         word[i][turn] = 0;
         if (valid) {
           const storage_t* first = from + turn * kLanes * kPer;
-          if (kPer == 2 && a_pair_is_aligned(first)) word[i][turn] = *reinterpret_cast<const unsigned*>(first);
-          else word[i][turn] = kPer == 2 ? pack_words(first[0], first[kPer - 1]) : word_of(first[0]);
+          if (kPer == 2 && a_pair_is_aligned(first))
+            word[i][turn] = *reinterpret_cast<const unsigned*>(first);
+          else
+            word[i][turn] = kPer == 2 ? pack_words(first[0], first[kPer - 1]) : word_of(first[0]);
         }
       }
     }
@@ -63,7 +65,8 @@ __device__ __forceinline__ void load_tile(unsigned* tile, const storage_t* base,
         const int channel = (turn * kLanes + lane) * kPer;
         tile[word_at<kUnits, kPitch>(channel, p)] = __float_as_uint(widen(low_half<storage_t>(word[i][turn])));
         if (kPer == 2)
-          tile[word_at<kUnits, kPitch>(channel + 1, p)] = __float_as_uint(widen(low_half<storage_t>(word[i][turn] >> 16)));
+          tile[word_at<kUnits, kPitch>(channel + 1, p)] =
+              __float_as_uint(widen(low_half<storage_t>(word[i][turn] >> 16)));
       }
     }
   }

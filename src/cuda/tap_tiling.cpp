@@ -24,7 +24,9 @@ TapTiling tap_tiling(const Problem& problem, int block_positions, int limit, int
   // Slices: as many whole trailing dimensions of the kernel as the limit allows, else a part of the width.
   const int kd = static_cast<int>(problem.kernel[0]), kh = static_cast<int>(problem.kernel[1]),
             kw = static_cast<int>(problem.kernel[2]);
-  const int fixed = kd * kh * kw <= limit ? 0 : kh * kw <= limit ? 1 : 2;  // leading kernel dimensions that a slice fixes
+  const int fixed = kd * kh * kw <= limit ? 0
+                    : kh * kw <= limit    ? 1
+                                          : 2;  // leading kernel dimensions that a slice fixes
   const int width_parts = fixed == 2 ? static_cast<int>(ceil_div(kw, limit)) : 1;
   const int width_taps = static_cast<int>(ceil_div(kw, width_parts));
   const int taps = fixed == 0 ? kd * kh * kw : fixed == 1 ? kh * kw : width_taps;
@@ -46,15 +48,17 @@ TapTiling tap_tiling(const Problem& problem, int block_positions, int limit, int
       const Rows rows_d = rows_of(td, static_cast<int>(problem.stride[0]), staged_d);
       const Rows rows_h = rows_of(th, static_cast<int>(problem.stride[1]), staged_h);
       const Columns columns = columns_of(tw, static_cast<int>(problem.stride[2]), offset[2]);
-      const int64_t positions = static_cast<int64_t>(rows_d.relative.size() * rows_h.relative.size() * columns.base.size()) *
-                                columns.length;
+      const int64_t positions =
+          static_cast<int64_t>(rows_d.relative.size() * rows_h.relative.size() * columns.base.size()) * columns.length;
       if (positions > 65536) continue;
       const int pitch = static_cast<int>(ceil_div(std::max<int64_t>(positions - 4, 0), 32) * 32 + 4);
       const std::size_t shared = shared_bytes(pitch);
       if (shared > shared_limit) continue;
-      const int64_t tiles = ceil_div(problem.input[0], td) * ceil_div(problem.input[1], th) * ceil_div(problem.input[2], tw);
+      const int64_t tiles =
+          ceil_div(problem.input[0], td) * ceil_div(problem.input[1], th) * ceil_div(problem.input[2], tw);
       const double cost = static_cast<double>(tiles) *
-                          (static_cast<double>(input_channels) * block_positions + static_cast<double>(grad_channels) * static_cast<double>(positions)) *
+                          (static_cast<double>(input_channels) * block_positions +
+                           static_cast<double>(grad_channels) * static_cast<double>(positions)) *
                           (1.0 + 2.0 / tw);
       if (cost < best) {
         best = cost;
@@ -89,8 +93,10 @@ TapTiling tap_tiling(const Problem& problem, int block_positions, int limit, int
         if (fixed == 0) td = j / kw / kh;
       }
       g.slice_tap.push_back(exists ? (td * kh + th) * kw + tw : -1);
-      g.tap_word.push_back((g.rows[0].tap_slot[fixed >= 1 ? 0 : td] * staged_rows + g.rows[1].tap_slot[fixed >= 2 ? 0 : th]) *
-                               row_words + g.columns.tap_word[tw]);
+      g.tap_word.push_back(
+          (g.rows[0].tap_slot[fixed >= 1 ? 0 : td] * staged_rows + g.rows[1].tap_slot[fixed >= 2 ? 0 : th]) *
+              row_words +
+          g.columns.tap_word[tw]);
     }
   }
   return g;

@@ -44,8 +44,10 @@ Columns columns_of(int tile, int multiplier, const std::vector<int>& offset) {
   for (int pass = 0; pass < 2; ++pass)
     for (int o : offset) {
       const int plane = plane_of(o), q = floor_div(o, multiplier);
-      if (pass == 0) low[plane] = std::min(low[plane], q);
-      else high[plane] = std::max(high[plane], q - low[plane]);
+      if (pass == 0)
+        low[plane] = std::min(low[plane], q);
+      else
+        high[plane] = std::max(high[plane], q - low[plane]);
     }
   by_residue.length = tile + *std::max_element(high.begin(), high.end());
   for (std::size_t plane = 0; plane < residues.size(); ++plane)

@@ -10,12 +10,13 @@ std::string product_text(DType dtype, int columns) {
   const char* types = dtype == DType::f32 ? "f32.tf32.tf32" : dtype == DType::f16 ? "f32.f16.f16" : "f32.bf16.bf16";
   std::ostringstream text;
   const int sums = columns / 2;
-  text << "__device__ __forceinline__ void wgmma_step(float (&d)[" << sums << "], const unsigned (&a)[4], unsigned long long b) {\n"
-       << "  asm volatile(\"{ .reg .pred p; setp.ne.b32 p, 1, 0;\\n\"\n    \"wgmma.mma_async.sync.aligned.m64n" << columns
-       << (dtype == DType::f32 ? "k8." : "k16.") << types << " {";
+  text << "__device__ __forceinline__ void wgmma_step(float (&d)[" << sums
+       << "], const unsigned (&a)[4], unsigned long long b) {\n"
+       << "  asm volatile(\"{ .reg .pred p; setp.ne.b32 p, 1, 0;\\n\"\n    \"wgmma.mma_async.sync.aligned.m64n"
+       << columns << (dtype == DType::f32 ? "k8." : "k16.") << types << " {";
   for (int i = 0; i < sums; ++i) text << (i ? "," : "") << '%' << i;
-  text << "}, {%" << sums << ",%" << sums + 1 << ",%" << sums + 2 << ",%" << sums + 3 << "}, %" << sums + 4 << ", p, 1, 1"
-       << (dtype == DType::f32 ? "" : ", 0") << "; }\"\n    : ";
+  text << "}, {%" << sums << ",%" << sums + 1 << ",%" << sums + 2 << ",%" << sums + 3 << "}, %" << sums + 4
+       << ", p, 1, 1" << (dtype == DType::f32 ? "" : ", 0") << "; }\"\n    : ";
   for (int i = 0; i < sums; ++i) text << (i ? "," : "") << "\"+f\"(d[" << i << "])";
   text << "\n    : \"r\"(a[0]), \"r\"(a[1]), \"r\"(a[2]), \"r\"(a[3]), \"l\"(b));\n}\n";
   return text.str();
