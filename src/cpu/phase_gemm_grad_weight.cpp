@@ -41,14 +41,23 @@ void pair_sums(const S* x, const S* g, int64_t pitch, int64_t vectors, const S* 
     for (int chain = 0; chain < kChains; ++chain) step(chain, (v + chain) * kLanes<S>);
   }
   for (; v < vectors; ++v) step(0, v * kLanes<S>);
+  constexpr int kGroup = kLanes<S>, kTotals = (I * J + kGroup - 1) / kGroup * kGroup;
+  Vec<S> totals[kTotals] = {};
 #pragma GCC unroll 4
   for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j) {
       Vec<S> total = sum[0][i][j];
+#pragma GCC unroll 4
       for (int chain = 1; chain < kChains; ++chain) total += sum[chain][i][j];
-      sums[i * 4 + j] = reduce<S>(total);
+      totals[i * J + j] = total;
     }
+  if constexpr (I * J == 1) {
+    sums[0] = reduce<S>(totals[0]);
+  } else {
+#pragma GCC unroll 16
+    for (int first = 0; first < kTotals; first += kGroup) store(sums + first, reduce_all<S>(totals + first));
+  }
 }
 
 template <class S>
@@ -160,12 +169,12 @@ void run_typed(const GradWeightTask& task, int64_t item, void* scratch) {
         nj = block_of(gradient.k - j);
         const PairFunction<S> pairs = masked ? pair_function<S, true>(ni, nj) : pair_function<S, false>(ni, nj);
         for (int64_t tap = 0; tap < gradient.num_taps; ++tap) {
-          S sums[16];
+          S sums[16 + kLanes<S>];
           pairs(x.planes + i * pitch, g.planes + gradient.tap_offset[tap] + j * pitch, pitch, vectors, x.mask,
                 g.mask + gradient.mask_offset[tap], sums);
           S* out = partial + (i * gradient.k + j) * gradient.num_taps + task.tap_order[tap];
           for (int64_t a = 0; a < ni; ++a)
-            for (int64_t b = 0; b < nj; ++b) out[(a * gradient.k + b) * gradient.num_taps] += sums[a * 4 + b];
+            for (int64_t b = 0; b < nj; ++b) out[(a * gradient.k + b) * gradient.num_taps] += sums[a * nj + b];
         }
       }
     }

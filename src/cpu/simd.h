@@ -85,6 +85,39 @@ TCONV_INLINE S reduce(Vec<S> v) {
   return lanes[0];
 }
 
+template <int...>
+struct LaneList {};
+template <int Count, int... Lane>
+struct CountLanes : CountLanes<Count - 1, Count - 1, Lane...> {};
+template <int... Lane>
+struct CountLanes<0, Lane...> {
+  using type = LaneList<Lane...>;
+};
+template <int Count>
+using LaneNumbers = typename CountLanes<Count>::type;
+
+// Lane l of the result is the sum of the lanes of v[l]: log2(lanes) rounds that add neighbours of two vectors at once,
+// 3 instructions a vector where reduce() takes about 15.
+template <class S, int Width, int... Lane>
+TCONV_INLINE Vec<S> add_neighbours(Vec<S> a, Vec<S> b, LaneList<Lane...>) {
+  return __builtin_shufflevector(a, b, (Lane / (2 * Width) * 2 * Width + Lane % Width + (Lane & Width ? kLanes<S> : 0))...) +
+         __builtin_shufflevector(a, b,
+                                 (Lane / (2 * Width) * 2 * Width + Lane % Width + Width + (Lane & Width ? kLanes<S> : 0))...);
+}
+template <class S, int Width, int... Lane>
+TCONV_INLINE Vec<S> reduce_lanes(const Vec<S>* v, LaneList<Lane...> lanes) {
+  if constexpr (Width == 0) {
+    return v[0];
+  } else {
+    const Vec<S> a = reduce_lanes<S, Width / 2>(v, lanes), b = reduce_lanes<S, Width / 2>(v + Width, lanes);
+    return add_neighbours<S, Width>(a, b, lanes);
+  }
+}
+template <class S>
+TCONV_INLINE Vec<S> reduce_all(const Vec<S>* v) {
+  return reduce_lanes<S, kLanes<S> / 2>(v, LaneNumbers<kLanes<S>>{});
+}
+
 // ---- Elementary functions, fp32: polynomials fitted to a relative error below 1e-8, evaluated in fp32 -----------------
 
 TCONV_INLINE VecF absolute(VecF x) { return bits_of<VecF>(bits_of<VecI>(x) & 0x7fffffff); }
