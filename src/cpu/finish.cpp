@@ -11,7 +11,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/finish.h"
 
-#include "cpu/simd.h"
+#include "cpu/rows.h"
 
 namespace tconv::cpu {
 namespace {
@@ -43,31 +43,27 @@ Tile tile_of(const FinishTask& task, int64_t item) {
 }
 
 template <class S>
-void load_tile(const FinishTask& task, const Tile& tile, const void* source, DType dtype, S* rows, S* line) {
+void load_tile(const FinishTask& task, const Tile& tile, const void* source, DType dtype, S* rows) {
   if (task.layout == Layout::contiguous) {
     for (int64_t c = 0; c < tile.channels; ++c)
       load_row(source, dtype, (tile.b * task.channels + tile.c0 + c) * task.positions + tile.p0, tile.positions,
                rows + c * tile.pitch);
     return;
   }
-  for (int64_t p = 0; p < tile.positions; ++p) {
-    load_row(source, dtype, (tile.b * task.positions + tile.p0 + p) * task.channels + tile.c0, tile.channels, line);
-    for (int64_t c = 0; c < tile.channels; ++c) rows[c * tile.pitch + p] = line[c];
-  }
+  load_transposed(source, dtype, (tile.b * task.positions + tile.p0) * task.channels + tile.c0, task.channels,
+                  tile.channels, tile.positions, rows, tile.pitch);
 }
 
 template <class S>
-void store_tile(const FinishTask& task, const Tile& tile, const S* rows, void* target, DType dtype, S* line) {
+void store_tile(const FinishTask& task, const Tile& tile, const S* rows, void* target, DType dtype) {
   if (task.layout == Layout::contiguous) {
     for (int64_t c = 0; c < tile.channels; ++c)
       store_row(rows + c * tile.pitch, target, dtype,
                 (tile.b * task.channels + tile.c0 + c) * task.positions + tile.p0, tile.positions);
     return;
   }
-  for (int64_t p = 0; p < tile.positions; ++p) {
-    for (int64_t c = 0; c < tile.channels; ++c) line[c] = rows[c * tile.pitch + p];
-    store_row(line, target, dtype, (tile.b * task.positions + tile.p0 + p) * task.channels + tile.c0, tile.channels);
-  }
+  store_transposed(rows, tile.pitch, target, dtype, (tile.b * task.positions + tile.p0) * task.channels + tile.c0,
+                   task.channels, tile.channels, tile.positions);
 }
 
 template <class S>
@@ -148,7 +144,7 @@ void store_operand_gradient(const FinishTask& task, int index, int64_t b, int64_
 
 template <class S>
 struct Buffers {
-  S *rows, *gradients, *line, *mean, *rstd, *sum_g, *sum_gx, *operand, *product, *normal, *stages;
+  S *rows, *gradients, *mean, *rstd, *sum_g, *sum_gx, *operand, *product, *normal, *stages;
 };
 
 template <class S>
@@ -162,7 +158,6 @@ Buffers<S> carve(const FinishTask& task, const Tile& tile, void* scratch) {
   };
   buffers.rows = take(task.tile_channels * tile.pitch);
   buffers.gradients = task.grad_output ? take(task.tile_channels * tile.pitch) : nullptr;
-  buffers.line = take(task.tile_channels);
   buffers.mean = take(tile.pitch);
   buffers.rstd = take(tile.pitch);
   buffers.sum_g = take(tile.pitch);
@@ -275,7 +270,7 @@ template <class S>
 void run_forward(const FinishTask& task, FinishStage stage, int64_t item, void* scratch) {
   const Tile tile = tile_of(task, item);
   const Buffers<S> buffers = carve<S>(task, tile, scratch);
-  load_tile(task, tile, task.input, task.dtype, buffers.rows, buffers.line);
+  load_tile(task, tile, task.input, task.dtype, buffers.rows);
   apply_before(task, tile, buffers);
   if (stage == FinishStage::moments) {
     const int64_t group_channels = task.channels / task.num_groups;
@@ -302,7 +297,7 @@ void run_forward(const FinishTask& task, FinishStage stage, int64_t item, void* 
         apply_ops(task, task.norm + 1, task.num_ops, tile, c, tile.p0 + p, n, row, buffers);
       }
   }
-  store_tile(task, tile, buffers.rows, task.output, task.output_dtype, buffers.line);
+  store_tile(task, tile, buffers.rows, task.output, task.output_dtype);
 }
 
 // Reverse of ops[first .. last) over one piece of a row. stages[k] holds the values before ops[first + k].
@@ -347,13 +342,13 @@ void run_backward(const FinishTask& task, FinishStage stage, int64_t item, void*
   const int64_t parts = task.batch * task.position_blocks;
   // Sums of the operations behind the norm belong to the first pass over the elements, the others to the last.
   const bool two_stages = task.norm >= 0 && task.norm_kind == OpKind::group_norm;
-  load_tile(task, tile, task.input, task.dtype, buffers.rows, buffers.line);
-  load_tile(task, tile, task.grad_output, task.output_dtype, buffers.gradients, buffers.line);
+  load_tile(task, tile, task.input, task.dtype, buffers.rows);
+  load_tile(task, tile, task.grad_output, task.output_dtype, buffers.gradients);
   if (layer) {
     if (!task.have_statistics) {  // needs the values in front of the norm, all channels
       apply_before(task, tile, buffers);
       position_statistics(task, tile, buffers);
-      load_tile(task, tile, task.input, task.dtype, buffers.rows, buffers.line);
+      load_tile(task, tile, task.input, task.dtype, buffers.rows);
     } else {
       position_statistics(task, tile, buffers);
     }
@@ -417,7 +412,7 @@ void run_backward(const FinishTask& task, FinishStage stage, int64_t item, void*
     }
   }
   if (stage == FinishStage::grad_apply && task.output)
-    store_tile(task, tile, buffers.gradients, task.output, task.dtype, buffers.line);
+    store_tile(task, tile, buffers.gradients, task.output, task.dtype);
 }
 
 template <class S>

@@ -237,11 +237,8 @@ void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>
         if (task.layout == Layout::contiguous) store_row(row, task.result, task.result_dtype, start, width);
       }
       if (task.layout == Layout::channels_last) {
-        S values[kRegisterM + kLanes<S>] = {};
-        for (int64_t x = 0; x < width; ++x) {
-          for (int m = 0; m < block; ++m) values[m] = buffers.rows[m * buffers.row_pitch + x];
-          store_row(values, task.result, task.result_dtype, (place.b * positions + position + x) * channels + c0, block);
-        }
+        store_transposed(buffers.rows, buffers.row_pitch, task.result, task.result_dtype,
+                         (place.b * positions + position) * channels + c0, channels, block, width);
       }
     }
   }

@@ -102,12 +102,15 @@ void stage_planes(const PhaseGemmTask& task, const Place& place, const Buffers& 
               zero(out, span.lo);
               zero(out + span.hi, width - span.hi);
             }
-            for (int64_t x = span.lo; x < span.hi; ++x) {
-              const int64_t position = place.b * positions + row + start + step * x;
-              load_row(task.source, task.dtype, position * channels + place.source_channel, task.k, buffers.line);
-              if (task.num_pre) apply_pre<S>(task, buffers.line, task.k);
-              S* out = row_at(plane, 0, d, h) + x;
-              for (int64_t k = 0; k < task.k; ++k) out[k * task.plane_pitch] = buffers.line[k];
+            const int64_t position = place.b * positions + row + start + step * span.lo;
+            load_transposed(task.source, task.dtype, position * channels + place.source_channel, step * channels, task.k,
+                            span.hi - span.lo, row_at(plane, 0, d, h) + span.lo, task.plane_pitch);
+            if (task.num_pre == 0) continue;
+            for (int64_t k = 0; k < task.k; ++k) {  // through the line: whole vectors would reach into the zeros
+              S* out = row_at(plane, k, d, h) + span.lo;
+              memcpy(buffers.line, out, static_cast<size_t>(span.hi - span.lo) * sizeof(S));
+              apply_pre<S>(task, buffers.line, span.hi - span.lo);
+              memcpy(out, buffers.line, static_cast<size_t>(span.hi - span.lo) * sizeof(S));
             }
           }
         }

@@ -89,5 +89,81 @@ void take_every(const S* from, int64_t step, int64_t n, S* to) {
   for (int64_t q = 0; q < n; ++q) to[q] = from[step * q];
 }
 
+// v[i] lane j <-> v[j] lane i, in log2(lanes) rounds of two shuffles for each pair of vectors.
+template <class S, int Width, int... Lane>
+TCONV_INLINE void transpose_round(Vec<S>* v, LaneList<Lane...> lanes) {
+  constexpr int kCount = kLanes<S>;
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) {
+    if (i & Width) continue;
+    const Vec<S> a = v[i], b = v[i + Width];
+    v[i] = __builtin_shufflevector(a, b, (Lane & Width ? kCount + Lane - Width : Lane)...);
+    v[i + Width] = __builtin_shufflevector(a, b, (Lane & Width ? kCount + Lane : Lane + Width)...);
+  }
+  if constexpr (2 * Width < kCount) transpose_round<S, 2 * Width>(v, lanes);
+}
+template <class S>
+TCONV_INLINE void transpose_block(Vec<S>* v) {
+  transpose_round<S, 1>(v, LaneNumbers<kLanes<S>>{});
+}
+
+template <class S>
+TCONV_INLINE void copy_part(S* to, const Vec<S>& v, int64_t n) {
+  if (n >= kLanes<S>)
+    store(to, v);
+  else
+    memcpy(to, &v, static_cast<size_t>(n) * sizeof(S));
+}
+
+// One vector of n <= lanes elements of any dtype; lanes behind n are undefined.
+template <class S>
+TCONV_INLINE Vec<S> load_part(const void* source, DType dtype, int64_t index, int64_t n) {
+  if (n >= kLanes<S> && size_of(dtype) == sizeof(S)) return load(static_cast<const S*>(source) + index);
+  S part[2 * kLanes<S>] = {};
+  load_row(source, dtype, index, n, part);
+  return load(part);
+}
+
+// rows[c * pitch + x] = element (index + x * stride + c) for c < channels, x < n.
+template <class S>
+void load_transposed(const void* source, DType dtype, int64_t index, int64_t stride, int64_t channels, int64_t n,
+                     S* rows, int64_t pitch) {
+  constexpr int64_t kBlock = kLanes<S>;
+  for (int64_t x = 0; x < n; x += kBlock)
+    for (int64_t c = 0; c < channels; c += kBlock) {
+      const int64_t nx = n - x < kBlock ? n - x : kBlock, nc = channels - c < kBlock ? channels - c : kBlock;
+      Vec<S> v[kBlock] = {};
+      for (int64_t i = 0; i < nx; ++i) v[i] = load_part<S>(source, dtype, index + (x + i) * stride + c, nc);
+      transpose_block<S>(v);
+      for (int64_t j = 0; j < nc; ++j) copy_part(rows + (c + j) * pitch + x, v[j], nx);
+    }
+}
+
+// The reverse; writes exactly `channels` elements for each x. Reads up to one vector beyond the rows.
+template <class S>
+void store_transposed(const S* rows, int64_t pitch, void* target, DType dtype, int64_t index, int64_t stride,
+                      int64_t channels, int64_t n) {
+  constexpr int64_t kBlock = kLanes<S>;
+  for (int64_t c = 0; c < channels; c += kBlock) {
+    const int64_t nc = channels - c < kBlock ? channels - c : kBlock;
+    for (int64_t x = 0; x < n; x += kBlock) {
+      const int64_t nx = n - x < kBlock ? n - x : kBlock;
+      Vec<S> v[kBlock] = {};
+      for (int64_t j = 0; j < nc; ++j) v[j] = load(rows + (c + j) * pitch + x);
+      transpose_block<S>(v);
+      for (int64_t i = 0; i < nx; ++i) {
+        const int64_t at = index + (x + i) * stride + c;
+        if (size_of(dtype) == sizeof(S)) {
+          copy_part(static_cast<S*>(target) + at, v[i], nc);
+        } else {
+          S part[kBlock];
+          store(part, v[i]);
+          store_row(part, target, dtype, at, nc);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace tconv::cpu
