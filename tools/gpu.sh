@@ -5,6 +5,7 @@
 #   make gpu STAGES="test bench" FILTER=s4    on the machine with the GPU
 #
 # STAGES  of: install test bench (all); FILTER  for the benchmark and pytest -k; BUDGET  seconds for the benchmark
+# TEST_JOBS  processes for the tests (8); TEST_SECONDS  their limit (300)
 # OUT     where results go (default bench/results/local); dist/deps/*.whl are installed too where present
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -33,7 +34,7 @@ print(f"gpu: tconv from {tconv.__file__}, PyTorch {torch.__version__},", torch.c
 sys.exit(not ok)'
 
 if [[ " $stages " == *" test "* ]]; then
-  timeout "${TEST_SECONDS:-300}" "$python" -m pytest tests -m "not large" -rs -q -p no:cacheprovider \
+  timeout "${TEST_SECONDS:-300}" "$python" -m pytest tests -m "not large" -n "${TEST_JOBS:-8}" -q -p no:cacheprovider \
     ${FILTER:+-k "$FILTER"} 2>&1 | tee "$out/tests.txt" || failed="$failed test"
 fi
 if [[ " $stages " == *" bench "* ]]; then

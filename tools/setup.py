@@ -42,7 +42,7 @@ PACKAGES: dict[str, list[str]] = {
     "plot": ["matplotlib>=3.8"],
 }
 # What the tests need without network, apart from PyTorch: `make wheel GPU_PYTHON=3.12` adds it to dist/deps.
-GPU_TEST_PACKAGES = ["pytest", "pluggy", "iniconfig", "packaging", "pygments", "hypothesis", "sortedcontainers",
+GPU_TEST_PACKAGES = ["pytest", "pytest-xdist", "execnet", "pluggy", "iniconfig", "packaging", "pygments", "hypothesis", "sortedcontainers",
                      "expecttest"]  # fmt: skip
 # Packages whose dependencies are not wanted: only the weights and the pictures inside the wheels are read.
 BARE_PACKAGES: dict[str, list[str]] = {"demo": ["rapidocr-onnxruntime==1.4.4", "scikit-image>=0.22"]}

@@ -157,8 +157,8 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   g.staged[0] = columns_of(1, g.source_step[0], g.offset[0]);
   const int halo = columns_of(8, g.source_step[2], g.offset[2]).length - 8;
   double best = std::numeric_limits<double>::max();
-  for (int tw : {8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 32 - halo, 64 - halo, 128 - halo,
-                 config.block_n - halo, config.block_n}) {
+  for (int tw : {8,   16,  24,  32,  40,  48,  56,  64,  72,  80,  88,  96,  104, 112, 120, 128,
+                 136, 144, 160, 176, 192, 208, 224, 32 - halo, 64 - halo, 128 - halo, config.block_n - halo, config.block_n}) {
     if (tw < 4 || tw > config.block_n) continue;
     const Columns columns = columns_of(tw, g.source_step[2], g.offset[2]);
     const int most = (config.block_n - tw) / columns.length + 1;
