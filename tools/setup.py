@@ -42,8 +42,8 @@ PACKAGES: dict[str, list[str]] = {
     "plot": ["matplotlib>=3.8"],
 }
 # What the tests need without network, apart from PyTorch: `make wheel GPU_PYTHON=3.12` adds it to dist/deps.
-GPU_TEST_PACKAGES = ["pytest", "pytest-xdist", "execnet", "pluggy", "iniconfig", "packaging", "pygments", "hypothesis", "sortedcontainers",
-                     "expecttest"]  # fmt: skip
+GPU_TEST_PACKAGES = ["pytest", "pytest-xdist", "execnet", "pluggy", "iniconfig", "packaging", "pygments", "hypothesis",
+                     "sortedcontainers", "expecttest"]  # fmt: skip
 # Packages whose dependencies are not wanted: only the weights and the pictures inside the wheels are read.
 BARE_PACKAGES: dict[str, list[str]] = {"demo": ["rapidocr-onnxruntime==1.4.4", "scikit-image>=0.22"]}
 NEEDS: dict[str, list[str]] = {"build": ["base"], "test": ["build", "lint"], "demo": ["build"], "plot": ["base"]}
