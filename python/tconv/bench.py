@@ -267,7 +267,9 @@ def against_float64(
     truth = tensors(exact.runs(direction, model, None if grad_output is None else grad_output.double())())
     truth = [t.to(torch.float32 if case.dtype != "f64" else torch.float64) for t in truth]
     wide = [[t.to(truth[0].dtype) for t in side] for side in (result, reference)]
-    return {name: float(compare(side, truth)["relative_l2"]) for name, side in zip(("tconv", "torch"), wide, strict=True)}
+    return {
+        name: float(compare(side, truth)["relative_l2"]) for name, side in zip(("tconv", "torch"), wide, strict=True)
+    }
 
 
 def resident(key: str) -> int:

@@ -52,20 +52,32 @@ inline std::uint16_t double_to_bfloat(double value) {
 
 inline double load_element(const void* data, DType dtype, std::int64_t index) {
   switch (dtype) {
-    case DType::f32: return static_cast<const float*>(data)[index];
-    case DType::f64: return static_cast<const double*>(data)[index];
-    case DType::f16: return half_to_float(static_cast<const std::uint16_t*>(data)[index]);
-    case DType::bf16: return bfloat_to_float(static_cast<const std::uint16_t*>(data)[index]);
+    case DType::f32:
+      return static_cast<const float*>(data)[index];
+    case DType::f64:
+      return static_cast<const double*>(data)[index];
+    case DType::f16:
+      return half_to_float(static_cast<const std::uint16_t*>(data)[index]);
+    case DType::bf16:
+      return bfloat_to_float(static_cast<const std::uint16_t*>(data)[index]);
   }
   return 0;
 }
 
 inline void store_element(void* data, DType dtype, std::int64_t index, double value) {
   switch (dtype) {
-    case DType::f32: static_cast<float*>(data)[index] = static_cast<float>(value); return;
-    case DType::f64: static_cast<double*>(data)[index] = value; return;
-    case DType::f16: static_cast<std::uint16_t*>(data)[index] = double_to_half(value); return;
-    case DType::bf16: static_cast<std::uint16_t*>(data)[index] = double_to_bfloat(value); return;
+    case DType::f32:
+      static_cast<float*>(data)[index] = static_cast<float>(value);
+      return;
+    case DType::f64:
+      static_cast<double*>(data)[index] = value;
+      return;
+    case DType::f16:
+      static_cast<std::uint16_t*>(data)[index] = double_to_half(value);
+      return;
+    case DType::bf16:
+      static_cast<std::uint16_t*>(data)[index] = double_to_bfloat(value);
+      return;
   }
 }
 

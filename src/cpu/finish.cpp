@@ -58,8 +58,8 @@ template <class S>
 void store_tile(const FinishTask& task, const Tile& tile, const S* rows, void* target, DType dtype) {
   if (task.layout == Layout::contiguous) {
     for (int64_t c = 0; c < tile.channels; ++c)
-      store_row(rows + c * tile.pitch, target, dtype,
-                (tile.b * task.channels + tile.c0 + c) * task.positions + tile.p0, tile.positions);
+      store_row(rows + c * tile.pitch, target, dtype, (tile.b * task.channels + tile.c0 + c) * task.positions + tile.p0,
+                tile.positions);
     return;
   }
   store_transposed(rows, tile.pitch, target, dtype, (tile.b * task.positions + tile.p0) * task.channels + tile.c0,
@@ -198,9 +198,8 @@ NormRow<S> norm_row(const FinishTask& task, const Tile& tile, int64_t c, int64_t
     row.rstd = buffers.rstd + offset;
     row.step = 1;
   } else {
-    const int64_t s = task.norm_kind == OpKind::batch_norm
-                          ? c
-                          : tile.b * task.num_groups + c / (task.channels / task.num_groups);
+    const int64_t s =
+        task.norm_kind == OpKind::batch_norm ? c : tile.b * task.num_groups + c / (task.channels / task.num_groups);
     row.mean = static_cast<const S*>(task.mean) + s;
     row.rstd = static_cast<const S*>(task.rstd) + s;
   }
@@ -361,7 +360,8 @@ void run_backward(const FinishTask& task, FinishStage stage, int64_t item, void*
     for (int64_t r = 0; r < tile.channels; ++r) {
       const int64_t c = tile.c0 + r;
       double* sums[kMaxSumSlots];
-      for (int slot = 0; slot < task.num_slots; ++slot) sums[slot] = task.sums + (slot * parts + part) * task.channels + c;
+      for (int slot = 0; slot < task.num_slots; ++slot)
+        sums[slot] = task.sums + (slot * parts + part) * task.channels + c;
       for (int64_t q = 0; q < tile.positions; q += kFinishChunk) {
         const int64_t n = min_of(kFinishChunk, tile.positions - q), p = tile.p0 + q;
         S* row = buffers.rows + r * tile.pitch + q;

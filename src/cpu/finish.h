@@ -45,13 +45,13 @@ struct FinishTask {
   void* mean;
   void* rstd;
   double eps;
-  bool have_statistics;   // layer_norm: mean and rstd are given (backward)
-  TileMoments* moments;   // group_norm: [item][groups in the tile]
+  bool have_statistics;  // layer_norm: mean and rstd are given (backward)
+  TileMoments* moments;  // group_norm: [item][groups in the tile]
   // Backward
-  double* sums;           // [slot][b * position_blocks + run][channel]
+  double* sums;  // [slot][b * position_blocks + run][channel]
   int num_slots;
   int weight_slot, bias_slot;  // of the norm's gradients in sums, or -1
-  const void* sum_g;      // group_norm: [b][group] mean of g and of g * normalised; S each
+  const void* sum_g;           // group_norm: [b][group] mean of g and of g * normalised; S each
   const void* sum_gx;
 };
 

@@ -80,8 +80,8 @@ std::size_t prepare(const Problem& problem, const Epilogue& epilogue, const Tens
     task.tile_positions = std::min(std::max<std::int64_t>(1, task.positions), kTileElements);
     task.tile_channels = std::clamp<std::int64_t>(kTileElements / task.tile_positions, 1, limit);
     task.blocks_per_group = group ? (limit + task.tile_channels - 1) / task.tile_channels : 0;
-    task.channel_blocks = group ? task.num_groups * task.blocks_per_group
-                                : (channels + task.tile_channels - 1) / task.tile_channels;
+    task.channel_blocks =
+        group ? task.num_groups * task.blocks_per_group : (channels + task.tile_channels - 1) / task.tile_channels;
   }
   task.position_blocks = (task.positions + task.tile_positions - 1) / task.tile_positions;
   work.items = task.channels == 0 ? 0 : task.batch * task.channel_blocks * task.position_blocks;
@@ -241,7 +241,8 @@ void store_operand_gradients(const Work& work, const Epilogue& epilogue, const T
   const DType dtype = epilogue.operand_dtype.value_or(task.dtype);
   auto total = [&](int slot, std::int64_t c) {
     double sum = 0;
-    for (std::int64_t part = 0; part < work.parts; ++part) sum += task.sums[(slot * work.parts + part) * task.channels + c];
+    for (std::int64_t part = 0; part < work.parts; ++part)
+      sum += task.sums[(slot * work.parts + part) * task.channels + c];
     return sum;
   };
   for (int index = 0; index < task.num_ops; ++index) {
@@ -277,8 +278,8 @@ void store_operand_gradients(const Work& work, const Epilogue& epilogue, const T
 std::int64_t finish_scratch_bytes(const FinishTask& task) {
   const std::int64_t pitch = (task.tile_positions + 15) / 16 * 16 + 16;
   const std::int64_t rows = task.tile_channels * pitch * (task.grad_output ? 2 : 1);
-  const std::int64_t elements = rows + task.tile_channels + 4 * pitch + 3 * kFinishChunk +
-                                (task.num_ops + 1) * (kFinishChunk + 16) + 12 * 32;
+  const std::int64_t elements =
+      rows + task.tile_channels + 4 * pitch + 3 * kFinishChunk + (task.num_ops + 1) * (kFinishChunk + 16) + 12 * 32;
   return elements * (task.dtype == DType::f64 ? 8 : 4);
 }
 
@@ -294,7 +295,8 @@ Fit fit_finish(const Problem& problem, const Epilogue& epilogue, const Device& d
   }
   const DType operands = epilogue.operand_dtype.value_or(problem.dtype);
   const DType output = epilogue.output_dtype.value_or(problem.dtype);
-  if ((problem.dtype == DType::f64) != (operands == DType::f64) || (problem.dtype == DType::f64) != (output == DType::f64)) {
+  if ((problem.dtype == DType::f64) != (operands == DType::f64) ||
+      (problem.dtype == DType::f64) != (output == DType::f64)) {
     fit.refusal = "f64 cannot be mixed with another dtype";
     return fit;
   }
@@ -305,8 +307,8 @@ Fit fit_finish(const Problem& problem, const Epilogue& epilogue, const Device& d
   const double elements = static_cast<double>(output_elements(problem));
   const int norm = norm_index(epilogue);
   const bool twice = norm >= 0 && epilogue.ops[norm].kind == OpKind::group_norm;
-  const double bytes = elements * static_cast<double>(size_of(problem.dtype)) *
-                       ((twice ? 2 : 1) * (backward(problem) ? 2 : 1) + 1);
+  const double bytes =
+      elements * static_cast<double>(size_of(problem.dtype)) * ((twice ? 2 : 1) * (backward(problem) ? 2 : 1) + 1);
   // Vector operations of 16 lanes a core and ns; 12 of them for an operation and element.
   const double lanes = target == Isa::avx512 ? 16 : target == Isa::avx2 ? 8 : 3;
   const double work_us = elements * static_cast<double>(2 + epilogue.ops.size()) * (twice ? 2 : 1) *

@@ -54,7 +54,9 @@ class Pool {
     const std::uint64_t job = ((state_.load(std::memory_order_relaxed) >> 32) + 1) << 32;
     state_.store(job | kOpen, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-      { std::lock_guard lock(sleep_); }
+      {
+        std::lock_guard lock(sleep_);
+      }
       wake_.notify_all();
     }
     work();

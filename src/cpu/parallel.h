@@ -22,8 +22,7 @@ int resolve_threads(int requested);
 template <class F>
 void parallel_for(std::int64_t num_items, int num_threads, const F& body) {
   parallel_run(
-      num_items, num_threads,
-      [](void* context, std::int64_t item) { (*static_cast<const F*>(context))(item); },
+      num_items, num_threads, [](void* context, std::int64_t item) { (*static_cast<const F*>(context))(item); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

@@ -76,14 +76,22 @@ template <class S, int M, bool Masked>
 TileFunction<S> tile_function(int vectors) {
   constexpr int kMax = vectors_for(M);
   switch (vectors) {
-    case 1: return register_tile<S, M, 1, Masked>;
-    case 2: return register_tile<S, M, 2, Masked>;
-    case 3: return register_tile<S, M, 3, Masked>;
-    case 4: return register_tile<S, M, kMax < 4 ? kMax : 4, Masked>;
-    case 5: return register_tile<S, M, kMax < 5 ? kMax : 5, Masked>;
-    case 6: return register_tile<S, M, kMax < 6 ? kMax : 6, Masked>;
-    case 7: return register_tile<S, M, kMax < 7 ? kMax : 7, Masked>;
-    default: return register_tile<S, M, kMax, Masked>;
+    case 1:
+      return register_tile<S, M, 1, Masked>;
+    case 2:
+      return register_tile<S, M, 2, Masked>;
+    case 3:
+      return register_tile<S, M, 3, Masked>;
+    case 4:
+      return register_tile < S, M, kMax < 4 ? kMax : 4, Masked > ;
+    case 5:
+      return register_tile < S, M, kMax < 5 ? kMax : 5, Masked > ;
+    case 6:
+      return register_tile < S, M, kMax < 6 ? kMax : 6, Masked > ;
+    case 7:
+      return register_tile < S, M, kMax < 7 ? kMax : 7, Masked > ;
+    default:
+      return register_tile<S, M, kMax, Masked>;
   }
 }
 
@@ -91,11 +99,15 @@ template <class S, bool Masked>
 TileFunction<S> tile_function(int m, int vectors) {
   switch (m) {
 #if defined(__AVX512F__) || defined(__aarch64__)
-    case 8: return tile_function<S, 8, Masked>(vectors);
+    case 8:
+      return tile_function<S, 8, Masked>(vectors);
 #endif
-    case 4: return tile_function<S, 4, Masked>(vectors);
-    case 2: return tile_function<S, 2, Masked>(vectors);
-    default: return tile_function<S, 1, Masked>(vectors);
+    case 4:
+      return tile_function<S, 4, Masked>(vectors);
+    case 2:
+      return tile_function<S, 2, Masked>(vectors);
+    default:
+      return tile_function<S, 1, Masked>(vectors);
   }
 }
 
@@ -129,13 +141,13 @@ Buffers<S> carve(const PhaseGemmTask& task, void* scratch) {
   int64_t used = 0;
   auto take = [&](int64_t n) {
     S* p = scratch ? reinterpret_cast<S*>(static_cast<char*>(scratch) + used) : nullptr;
-    used += round_up((n + kLanes<S>) * static_cast<int64_t>(sizeof(S)), 64);
+    used += round_up((n + kLanes<S>)*static_cast<int64_t>(sizeof(S)), 64);
     return p;
   };
   const int64_t block = min_of(kRegisterM, task.m);
   constexpr int64_t kSlack = 9 * kLanes<S>;  // a register tile may reach this far beyond the last position
   buffers.sums_pitch = round_up(task.plane[0] * task.plane[1] * task.plane[2], kLanes<S>) + kLanes<S>;
-  buffers.row_pitch = round_up((task.tile[2] + kLanes<S>) * task.result_step[2], kLanes<S>);
+  buffers.row_pitch = round_up((task.tile[2] + kLanes<S>)*task.result_step[2], kLanes<S>);
   buffers.planes = take(task.num_planes * task.k * task.plane_pitch + kSlack);
   buffers.mask = take(task.masked ? task.num_planes * task.plane_pitch + kSlack : 0);
   buffers.sums = take(task.result_step[2] * block * buffers.sums_pitch + kSlack);
@@ -147,19 +159,22 @@ Buffers<S> carve(const PhaseGemmTask& task, void* scratch) {
 
 // Products of one block of result channels for one result phase, over all positions of the tile.
 template <class S>
-void multiply(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers, int64_t m0, int block, int phase,
-              S* sums) {
+void multiply(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers, int64_t m0, int block,
+              int phase, S* sums) {
   const int64_t first_tap = task.phase_taps[phase], num_taps = task.phase_taps[phase + 1] - first_tap;
   const S* bias = task.bias ? static_cast<const S*>(task.bias) + place.g * task.m + m0 : nullptr;
-  const S* weight = static_cast<const S*>(task.weight) +
-                    ((place.g * task.m + m0) * task.num_taps + first_tap * block) * task.k;
+  const S* weight =
+      static_cast<const S*>(task.weight) + ((place.g * task.m + m0) * task.num_taps + first_tap * block) * task.k;
   // Either one run over the whole tile, or one for each depth, whichever computes fewer vectors.
   const int64_t slice = task.plane[1] * task.plane[2];
   const int64_t one_slice = (place.n[1] - 1) * task.plane[2] + place.n[2];
   const int64_t whole = (place.n[0] - 1) * slice + one_slice;
   const bool by_depth = place.n[0] * round_up(one_slice, kLanes<S>) < round_up(whole, kLanes<S>);
   const int64_t runs = by_depth ? place.n[0] : 1, length = by_depth ? one_slice : whole;
-  const int most = block == 8 ? vectors_for(8) : block == 4 ? vectors_for(4) : block == 2 ? vectors_for(2) : vectors_for(1);
+  const int most = block == 8   ? vectors_for(8)
+                   : block == 4 ? vectors_for(4)
+                   : block == 2 ? vectors_for(2)
+                                : vectors_for(1);
   for (int64_t run = 0; run < runs; ++run) {
     for (int64_t vector = 0, vectors = (length + kLanes<S> - 1) / kLanes<S>; vector < vectors;) {
       // The last two tiles of a run share what is left, so that none is thin.
@@ -256,8 +271,7 @@ void run_typed(const PhaseGemmTask& task, int64_t item, void* scratch) {
     for (int64_t phase_d = 0; phase_d < step[0]; ++phase_d)
       for (int64_t phase_h = 0; phase_h < step[1]; ++phase_h) {
         for (int64_t phase_w = 0; phase_w < step[2]; ++phase_w)
-          multiply(task, place, buffers, m0, block,
-                   static_cast<int>((phase_d * step[1] + phase_h) * step[2] + phase_w),
+          multiply(task, place, buffers, m0, block, static_cast<int>((phase_d * step[1] + phase_h) * step[2] + phase_w),
                    buffers.sums + phase_w * block * buffers.sums_pitch);
         store_block(task, place, buffers, m0, block, phase_d, phase_h);
       }

@@ -26,7 +26,7 @@ struct PhaseGemmTask {
   DType dtype, result_dtype;
   Layout layout;
   std::int64_t batch, groups, k, m;  // k source and m result channels per group
-  std::int64_t source_channels;              // of the whole tensor
+  std::int64_t source_channels;      // of the whole tensor
   const void* source;
   void* result;
   std::int64_t source_size[3], result_size[3];
@@ -35,18 +35,18 @@ struct PhaseGemmTask {
   std::int64_t grid[3], tile[3], tiles[3];
   std::int64_t m_chunk, m_chunks;  // result channels of one item, a multiple of the register tile
   // Staged planes
-  std::int64_t first_shift[3];                      // shift of the planes' first row and column
-  std::int64_t plane[3];                            // extents of a plane
-  std::int64_t plane_pitch;                         // elements from one channel's plane to the next
-  int num_planes;                                   // source phases that are used
-  const std::int64_t* plane_phase;                  // [plane][3]
+  std::int64_t first_shift[3];      // shift of the planes' first row and column
+  std::int64_t plane[3];            // extents of a plane
+  std::int64_t plane_pitch;         // elements from one channel's plane to the next
+  int num_planes;                   // source phases that are used
+  const std::int64_t* plane_phase;  // [plane][3]
   // Taps, sorted by result phase
-  const int* phase_taps;                            // [phase]: first tap; one more entry at the end
-  const std::int64_t* tap_offset;                   // [tap]: from the plane's origin to the tap's first element
-  const std::int64_t* mask_offset;                  // [tap]: the same into the mask, which has one plane per phase
+  const int* phase_taps;            // [phase]: first tap; one more entry at the end
+  const std::int64_t* tap_offset;   // [tap]: from the plane's origin to the tap's first element
+  const std::int64_t* mask_offset;  // [tap]: the same into the mask, which has one plane per phase
   std::int64_t num_taps;
-  const void* weight;                               // packed S: [group][m block][tap][k][m of the block]
-  bool masked;  // a weight is not finite: zeros outside the source must not be multiplied
+  const void* weight;  // packed S: [group][m block][tap][k][m of the block]
+  bool masked;         // a weight is not finite: zeros outside the source must not be multiplied
   // Epilogue
   const PhaseOp* pre;
   int num_pre;
@@ -70,10 +70,10 @@ void launch_phase_gemm(const Step&, const Tensors&, Stream, const PhaseGemmLoops
 // zeros where the planes are wider than the tile. gw[m][k][tap] = sum over positions of x[m][q] * plane[k][q + offset].
 struct GradWeightTask {
   PhaseGemmTask gradient;
-  PhaseGemmTask input;      // one plane; k is set for each item
-  const int* tap_order;     // [sorted tap] -> tap in the weight tensor
+  PhaseGemmTask input;            // one plane; k is set for each item
+  const int* tap_order;           // [sorted tap] -> tap in the weight tensor
   std::int64_t parts, num_tiles;  // tiles (over batch and grid) are dealt to parts in order
-  void* partial;            // S: [part][weight]
+  void* partial;                  // S: [part][weight]
   std::int64_t weight_elements;
   // grad_bias
   std::int64_t bias_run, bias_runs;  // positions of one partial sum

@@ -67,20 +67,26 @@ double tile_cycles(const Layer& layer, const std::int64_t* tile, double m) {
   const double slice = pitch_h * static_cast<double>(tile[1] + layer.range[1]);
   const double one = static_cast<double>(tile[1] - 1) * pitch_h + static_cast<double>(tile[2]);
   const double whole = static_cast<double>(tile[0] - 1) * slice + one;
-  const double vectors = std::min(static_cast<double>(tile[0]) * std::ceil(one / layer.lanes), std::ceil(whole / layer.lanes));
+  const double vectors =
+      std::min(static_cast<double>(tile[0]) * std::ceil(one / layer.lanes), std::ceil(whole / layer.lanes));
   const double positions = static_cast<double>(tile[0] * tile[1] * tile[2]);
-  const double rows = layer.k * layer.planes * static_cast<double>((tile[0] + layer.range[0]) * (tile[1] + layer.range[1]));
+  const double rows =
+      layer.k * layer.planes * static_cast<double>((tile[0] + layer.range[0]) * (tile[1] + layer.range[1]));
   const double staged = layer.k * layer.planes * plane;
   double stage = rows * 14 + staged / layer.lanes * (layer.planes > 1 ? 4 : 2.5);
   if (layer.channels_last) stage = rows * 14 + staged * 1.2;
   const double bytes = staged * layer.element_bytes;
-  const double spill = bytes < 0.4 * layer.l2_bytes ? 1.0 : bytes < 0.8 * layer.l2_bytes ? 1.08 : bytes < 1.5 * layer.l2_bytes ? 1.25 : 1.6;
+  const double spill = bytes < 0.4 * layer.l2_bytes   ? 1.0
+                       : bytes < 0.8 * layer.l2_bytes ? 1.08
+                       : bytes < 1.5 * layer.l2_bytes ? 1.25
+                                                      : 1.6;
   // A tile of one vector has a chain of dependent sums per channel only.
   const double thin = vectors < 2 ? 1.8 : vectors < 3 ? 1.2 : 1.0;
   const double per_fma = m >= 4 ? 0.55 : m >= 2 ? 0.7 : 1.0;
   const double multiply = vectors * layer.taps * layer.k * m * per_fma * spill * thin;
   const double calls = layer.phases * std::ceil(m / layer.register_m) * std::ceil(vectors / 3);
-  const double result_rows = layer.phases * m * static_cast<double>(tile[0] * tile[1]) / static_cast<double>(layer.result_step[2]);
+  const double result_rows =
+      layer.phases * m * static_cast<double>(tile[0] * tile[1]) / static_cast<double>(layer.result_step[2]);
   double store = result_rows * 16 + layer.phases * m * positions / layer.lanes * 4;
   if (layer.channels_last) store = layer.phases * m * positions * 1.0;
   return 300 + stage + multiply + calls * 20 + store;
@@ -248,10 +254,10 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
               auto index = [&](int dim, int phase) {
                 return std::find(phases[dim].begin(), phases[dim].end(), phase) - phases[dim].begin();
               };
-              const std::int64_t plane =
-                  (index(0, td.source_phase) * static_cast<std::int64_t>(phases[1].size()) + index(1, th.source_phase)) *
-                      static_cast<std::int64_t>(phases[2].size()) +
-                  index(2, tw.source_phase);
+              const std::int64_t plane = (index(0, td.source_phase) * static_cast<std::int64_t>(phases[1].size()) +
+                                          index(1, th.source_phase)) *
+                                             static_cast<std::int64_t>(phases[2].size()) +
+                                         index(2, tw.source_phase);
               const std::int64_t offset =
                   ((td.shift - task.first_shift[0]) * task.plane[1] + th.shift - task.first_shift[1]) * task.plane[2] +
                   tw.shift - task.first_shift[2];
@@ -425,7 +431,8 @@ void launch_phase_gemm(const Step& step, const Tensors& tensors, Stream stream, 
   for (int index = 0; index < static_cast<int>(epilogue.ops.size()); ++index) {
     const Op& op = epilogue.ops[index];
     PhaseOp entry{op.kind, operand_kind(op.kind), op.a, op.b, nullptr};
-    const void* operand = entry.operand == OperandKind::none ? nullptr : tensors.operands[operand_offset(epilogue, index)];
+    const void* operand =
+        entry.operand == OperandKind::none ? nullptr : tensors.operands[operand_offset(epilogue, index)];
     if (entry.operand == OperandKind::channel)
       entry.values = channel_values(operand, epilogue.operand_dtype.value_or(problem.dtype));
     else
@@ -453,7 +460,8 @@ struct Parts {
 Parts parts_of(const Problem& problem, const PhaseGemmTask& task) {
   Parts parts;
   parts.tiles = task.batch * task.tiles[0] * task.tiles[1] * task.tiles[2];
-  const std::int64_t bytes = std::max<std::int64_t>(1, weight_elements(problem) * (problem.dtype == DType::f64 ? 8 : 4));
+  const std::int64_t bytes =
+      std::max<std::int64_t>(1, weight_elements(problem) * (problem.dtype == DType::f64 ? 8 : 4));
   parts.parts = std::clamp<std::int64_t>((8 << 20) / bytes, 1, std::clamp<std::int64_t>(parts.tiles, 1, 32));
   const std::int64_t items = std::max<std::int64_t>(1, parts.parts * task.groups), blocks = (task.m + 3) / 4;
   parts.chunks = std::clamp<std::int64_t>((16 + items - 1) / items, 1, std::max<std::int64_t>(1, blocks));

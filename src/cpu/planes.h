@@ -103,8 +103,8 @@ void stage_planes(const PhaseGemmTask& task, const Place& place, const Buffers& 
               zero(out + span.hi, width - span.hi);
             }
             const int64_t position = place.b * positions + row + start + step * span.lo;
-            load_transposed(task.source, task.dtype, position * channels + place.source_channel, step * channels, task.k,
-                            span.hi - span.lo, row_at(plane, 0, d, h) + span.lo, task.plane_pitch);
+            load_transposed(task.source, task.dtype, position * channels + place.source_channel, step * channels,
+                            task.k, span.hi - span.lo, row_at(plane, 0, d, h) + span.lo, task.plane_pitch);
             if (task.num_pre == 0) continue;
             for (int64_t k = 0; k < task.k; ++k) {  // through the line: whole vectors would reach into the zeros
               S* out = row_at(plane, k, d, h) + span.lo;
@@ -120,9 +120,9 @@ void stage_planes(const PhaseGemmTask& task, const Place& place, const Buffers& 
       for (int64_t d = 0; d < depth; ++d)
         for (int64_t h = 0; h < height; ++h) {
           S* out = buffers.mask + plane * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
-          const Span span = source_row(d, h) < 0 ? Span{0, 0}
-                                                 : inside(column + task.plane_phase[3 * plane + 2], step,
-                                                          task.source_size[2], width);
+          const Span span = source_row(d, h) < 0
+                                ? Span{0, 0}
+                                : inside(column + task.plane_phase[3 * plane + 2], step, task.source_size[2], width);
           for (int64_t x = 0; x < width; ++x) out[x] = x >= span.lo && x < span.hi ? S(1) : S(0);
         }
   }

@@ -30,9 +30,11 @@ Derivatives pointwise(const Op& op, double x, double v) {
   [[maybe_unused]] const double a = op.a, b = op.b;
   switch (op.kind) {
 #define POINTWISE(name, operand, scalars, value, d_x, d_v) \
-  case OpKind::name: return {value, d_x, d_v};
+  case OpKind::name:                                       \
+    return {value, d_x, d_v};
 #define NORM(name, ...) \
-  case OpKind::name: break;
+  case OpKind::name:    \
+    break;
 #include "tconv/epilogue.def"
   }
   return {x, 1, 0};
@@ -56,14 +58,18 @@ struct Chain {
   double operand(int index, std::int64_t c, std::int64_t element) const {
     const int slot = operand_offset(epilogue, index);
     switch (operand_kind(epilogue.ops[index].kind)) {
-      case OperandKind::none: return 0;
-      case OperandKind::channel: return channel_operand(slot, c);
-      case OperandKind::tensor: return load_element(tensors.operands[slot], problem.dtype, element);
+      case OperandKind::none:
+        return 0;
+      case OperandKind::channel:
+        return channel_operand(slot, c);
+      case OperandKind::tensor:
+        return load_element(tensors.operands[slot], problem.dtype, element);
     }
     return 0;
   }
   double apply(int first, int last, double x, std::int64_t c, std::int64_t element) const {
-    for (int index = first; index < last; ++index) x = pointwise(epilogue.ops[index], x, operand(index, c, element)).value;
+    for (int index = first; index < last; ++index)
+      x = pointwise(epilogue.ops[index], x, operand(index, c, element)).value;
     return x;
   }
 };
@@ -180,10 +186,10 @@ void run_epilogue(const Chain& chain) {
   for (std::int64_t b = 0, i = 0; b < problem.batch; ++b)
     for (std::int64_t c = 0; c < chain.channels; ++c)
       for (std::int64_t position = 0; position < chain.positions; ++position, ++i)
-        values[i] = apply_pre(
-            chain.epilogue,
-            load_element(chain.tensors.input, problem.dtype,
-                         element_index(problem.layout, chain.channels, chain.positions, b, c, position)));
+        values[i] =
+            apply_pre(chain.epilogue,
+                      load_element(chain.tensors.input, problem.dtype,
+                                   element_index(problem.layout, chain.channels, chain.positions, b, c, position)));
   run_chain(chain, values);
 }
 
@@ -202,8 +208,7 @@ void run_grad_epilogue(const Chain& chain) {
     for (std::int64_t b = 0, i = 0; b < problem.batch; ++b)
       for (std::int64_t c = 0; c < chain.channels; ++c)
         for (std::int64_t position = 0; position < chain.positions; ++position, ++i)
-          body(b, c, position, i,
-               element_index(problem.layout, chain.channels, chain.positions, b, c, position));
+          body(b, c, position, i, element_index(problem.layout, chain.channels, chain.positions, b, c, position));
   };
   // Gradient by the value before ops[first], from that after ops[last - 1]; operand gradients on the way.
   auto reverse = [&](int first, int last, double x, double g, std::int64_t c, std::int64_t element) {
@@ -235,10 +240,9 @@ void run_grad_epilogue(const Chain& chain) {
   if (norm_position >= 0) {
     const Op& norm = epilogue.ops[norm_position];
     const Affine affine = affine_slots(epilogue, norm_position);
-    const std::vector<Moments> statistics =
-        norm.kind == OpKind::batch_norm || !tensors.mean || !tensors.rstd
-            ? moments(chain, norm_position, value)
-            : load_moments(chain, num_statistics(problem, epilogue));
+    const std::vector<Moments> statistics = norm.kind == OpKind::batch_norm || !tensors.mean || !tensors.rstd
+                                                ? moments(chain, norm_position, value)
+                                                : load_moments(chain, num_statistics(problem, epilogue));
     std::vector<double> sum_g(statistics.size()), sum_gx(statistics.size()), count(statistics.size());
     std::vector<double> grad_weight(chain.channels), grad_bias(chain.channels);
     std::vector<double> grad_mean(chain.channels), grad_variance(chain.channels);
@@ -340,9 +344,8 @@ void run_forward(const Problem& problem, const Epilogue& epilogue, const Tensors
       double sum = 0;
       each_tap(problem, o, problem.input, true, [&](std::int64_t tap, std::int64_t i) {
         for (std::int64_t ci = g * ci_group; ci < (g + 1) * ci_group; ++ci) {
-          const double x = load_element(
-              tensors.input, problem.dtype,
-              element_index(problem.layout, problem.in_channels, in_positions, b, ci, i));
+          const double x = load_element(tensors.input, problem.dtype,
+                                        element_index(problem.layout, problem.in_channels, in_positions, b, ci, i));
           sum += apply_pre(epilogue, x) *
                  load_element(tensors.weight, problem.dtype, (ci * co_group + co % co_group) * taps + tap);
         }
@@ -364,9 +367,9 @@ void run_grad_input(const Problem& problem, const Tensors& tensors, int threads)
       double sum = 0;
       each_tap(problem, i, out, false, [&](std::int64_t tap, std::int64_t o) {
         for (std::int64_t co = 0; co < co_group; ++co)
-          sum += load_element(tensors.grad_output, problem.dtype,
-                              element_index(problem.layout, problem.out_channels, out_positions, b,
-                                            g * co_group + co, o)) *
+          sum += load_element(
+                     tensors.grad_output, problem.dtype,
+                     element_index(problem.layout, problem.out_channels, out_positions, b, g * co_group + co, o)) *
                  load_element(tensors.weight, problem.dtype, (ci * co_group + co) * taps + tap);
       });
       store_element(tensors.output, problem.dtype,
@@ -422,11 +425,16 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
 void launch(const Step& step, const Tensors& tensors, Stream stream) {
   const int threads = resolve_threads(stream.num_threads);
   switch (step.problem.direction) {
-    case Direction::forward: return run_forward(step.problem, step.epilogue, tensors, threads);
-    case Direction::grad_input: return run_grad_input(step.problem, tensors, threads);
-    case Direction::grad_weight: return run_grad_weight(step.problem, step.epilogue, tensors, threads);
-    case Direction::epilogue: return run_epilogue(Chain(step.problem, step.epilogue, tensors));
-    case Direction::grad_epilogue: return run_grad_epilogue(Chain(step.problem, step.epilogue, tensors));
+    case Direction::forward:
+      return run_forward(step.problem, step.epilogue, tensors, threads);
+    case Direction::grad_input:
+      return run_grad_input(step.problem, tensors, threads);
+    case Direction::grad_weight:
+      return run_grad_weight(step.problem, step.epilogue, tensors, threads);
+    case Direction::epilogue:
+      return run_epilogue(Chain(step.problem, step.epilogue, tensors));
+    case Direction::grad_epilogue:
+      return run_grad_epilogue(Chain(step.problem, step.epilogue, tensors));
   }
 }
 

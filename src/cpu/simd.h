@@ -100,9 +100,10 @@ using LaneNumbers = typename CountLanes<Count>::type;
 // 3 instructions a vector where reduce() takes about 15.
 template <class S, int Width, int... Lane>
 TCONV_INLINE Vec<S> add_neighbours(Vec<S> a, Vec<S> b, LaneList<Lane...>) {
-  return __builtin_shufflevector(a, b, (Lane / (2 * Width) * 2 * Width + Lane % Width + (Lane & Width ? kLanes<S> : 0))...) +
-         __builtin_shufflevector(a, b,
-                                 (Lane / (2 * Width) * 2 * Width + Lane % Width + Width + (Lane & Width ? kLanes<S> : 0))...);
+  return __builtin_shufflevector(a, b,
+                                 (Lane / (2 * Width) * 2 * Width + Lane % Width + (Lane & Width ? kLanes<S> : 0))...) +
+         __builtin_shufflevector(
+             a, b, (Lane / (2 * Width) * 2 * Width + Lane % Width + Width + (Lane & Width ? kLanes<S> : 0))...);
 }
 template <class S, int Width, int... Lane>
 TCONV_INLINE Vec<S> reduce_lanes(const Vec<S>* v, LaneList<Lane...> lanes) {
@@ -200,10 +201,10 @@ TCONV_INLINE VecF tconv_log1p(VecF x) {
   return u < __builtin_inff() ? result : u;  // NaN and infinity as they are
 }
 
-#define TCONV_LANEWISE(name, function)                                  \
-  TCONV_INLINE VecD name(VecD x) {                                      \
-    for (int i = 0; i < kLanes<double>; ++i) x[i] = function(x[i]);     \
-    return x;                                                           \
+#define TCONV_LANEWISE(name, function)                              \
+  TCONV_INLINE VecD name(VecD x) {                                  \
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = function(x[i]); \
+    return x;                                                       \
   }
 TCONV_LANEWISE(tconv_exp, ::exp)
 TCONV_LANEWISE(tconv_erf, ::erf)
@@ -304,13 +305,13 @@ void apply_pointwise(OpKind kind, S scalar_a, S scalar_b, const S* operand, int 
   static_cast<void>(a), static_cast<void>(b);
 #define T(...) splat(static_cast<S>(__VA_ARGS__))
   switch (kind) {
-#define POINTWISE(name, operand_kind, scalars, value, d_x, d_v)                             \
-  case OpKind::name:                                                                        \
-    for (int64_t i = 0; i < n; i += kLanes<S>) {                                            \
-      const Vec<S> x = load(row + i);                                                       \
-      [[maybe_unused]] const Vec<S> v = operand ? fetch(operand, step, i) : Vec<S>{};       \
-      store(row + i, value);                                                                \
-    }                                                                                       \
+#define POINTWISE(name, operand_kind, scalars, value, d_x, d_v)                       \
+  case OpKind::name:                                                                  \
+    for (int64_t i = 0; i < n; i += kLanes<S>) {                                      \
+      const Vec<S> x = load(row + i);                                                 \
+      [[maybe_unused]] const Vec<S> v = operand ? fetch(operand, step, i) : Vec<S>{}; \
+      store(row + i, value);                                                          \
+    }                                                                                 \
     break;
 #define NORM(name, ...) \
   case OpKind::name:    \
@@ -328,15 +329,15 @@ void reverse_pointwise(OpKind kind, S scalar_a, S scalar_b, const S* operand, in
   static_cast<void>(a), static_cast<void>(b);
 #define T(...) splat(static_cast<S>(__VA_ARGS__))
   switch (kind) {
-#define POINTWISE(name, operand_kind, scalars, value, d_x, d_v)                             \
-  case OpKind::name:                                                                        \
-    for (int64_t i = 0; i < n; i += kLanes<S>) {                                            \
-      [[maybe_unused]] const Vec<S> x = load(row + i);                                      \
-      [[maybe_unused]] const Vec<S> v = operand ? fetch(operand, step, i) : Vec<S>{};       \
-      const Vec<S> g = load(gradient + i);                                                  \
-      if (operand_gradient) store(operand_gradient + i, g * (d_v));                         \
-      store(gradient + i, g * (d_x));                                                       \
-    }                                                                                       \
+#define POINTWISE(name, operand_kind, scalars, value, d_x, d_v)                       \
+  case OpKind::name:                                                                  \
+    for (int64_t i = 0; i < n; i += kLanes<S>) {                                      \
+      [[maybe_unused]] const Vec<S> x = load(row + i);                                \
+      [[maybe_unused]] const Vec<S> v = operand ? fetch(operand, step, i) : Vec<S>{}; \
+      const Vec<S> g = load(gradient + i);                                            \
+      if (operand_gradient) store(operand_gradient + i, g * (d_v));                   \
+      store(gradient + i, g * (d_x));                                                 \
+    }                                                                                 \
     break;
 #define NORM(name, ...) \
   case OpKind::name:    \

@@ -137,6 +137,15 @@ Geometry layer_geometry(const Problem& problem) {
   return g;
 }
 
+// A fixed set, so that images of changing size share a few specialisations; the last ones fill a run to the end.
+std::vector<int> tile_widths(int block_n, int halo) {
+  std::vector<int> widths;
+  for (int tw = 8; tw <= 224; tw += tw < 144 ? 8 : 16) widths.push_back(tw);
+  for (int run : {32, 64, 128, block_n}) widths.push_back(run - halo);
+  widths.push_back(block_n);
+  return widths;
+}
+
 Geometry geometry(const Problem& problem, const Device& device, const Config& config, const Geometry& layer) {
   Geometry g = layer;
   if (!g.refusal.empty()) return g;
@@ -157,8 +166,7 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   g.staged[0] = columns_of(1, g.source_step[0], g.offset[0]);
   const int halo = columns_of(8, g.source_step[2], g.offset[2]).length - 8;
   double best = std::numeric_limits<double>::max();
-  for (int tw : {8,   16,  24,  32,  40,  48,  56,  64,  72,  80,  88,  96,  104, 112, 120, 128,
-                 136, 144, 160, 176, 192, 208, 224, 32 - halo, 64 - halo, 128 - halo, config.block_n - halo, config.block_n}) {
+  for (int tw : tile_widths(config.block_n, halo)) {
     if (tw < 4 || tw > config.block_n) continue;
     const Columns columns = columns_of(tw, g.source_step[2], g.offset[2]);
     const int most = (config.block_n - tw) / columns.length + 1;
