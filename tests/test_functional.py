@@ -104,15 +104,18 @@ def compare_with_float64(problem: dict) -> None:
     # CUDA's TF32 has another tolerance, tested on its own.
     y = OURS[rank](*ours[:2], ours[2] if b is not None else None, **arguments, precision="fp32")
     exact = THEIRS[rank](*theirs[:2], theirs[2] if b is not None else None, **arguments)
+    sizes = [t.detach().abs().requires_grad_() for t in theirs]
+    size = THEIRS[rank](*sizes[:2], sizes[2] if b is not None else None, **arguments)
     assert y.dtype == x.dtype and y.device == x.device
     terms = w.numel() // problem["out"]
-    assert_close(y, exact, terms, what="output")
+    assert_close(y, exact, terms, what="output", size=size)
     grad = torch.rand(exact.shape, dtype=torch.float64).sub_(0.5).to(y.dtype)
     positions = exact.numel()
     mine = torch.autograd.grad(y, ours, grad.to(y.device))
     other = torch.autograd.grad(exact, theirs, grad.double())
-    for name, a, e in zip(("grad_input", "grad_weight", "grad_bias"), mine, other):
-        assert_close(a, e, max(terms, positions), what=name)
+    absolute = torch.autograd.grad(size, sizes, grad.double().abs())
+    for name, a, e, s in zip(("grad_input", "grad_weight", "grad_bias"), mine, other, absolute):
+        assert_close(a, e, max(terms, positions), what=name, size=s)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -231,8 +231,8 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   if (g.shared_bytes > device.shared_memory_per_block)
     return refuse(std::to_string(g.shared_bytes) + " bytes of shared memory");
   // Sums, two sets of weight fragments, the lines of an entry, addresses: counted high, a spill costs more than a block.
-  g.registers = accumulators + (4 * (g.wn / 8) + g.wm / 4) * g.parts + 80 + (g.parts == 2 ? 8 : 0) +
-                (problem.layout == Layout::channels_last ? 8 : 0);
+  const bool packs = problem.layout == Layout::channels_last && g.per_word == 2;  // pairs of channels by hand
+  g.registers = accumulators + (4 * (g.wn / 8) + g.wm / 4) * g.parts + 80 + (g.parts == 2 ? 28 : 0) + (packs ? 40 : 0);
   if (g.registers > 255) return refuse(std::to_string(g.registers) + " registers a thread");
   const int by_registers = std::max(1, 65536 / (g.registers * g.threads));
   const int by_shared =
