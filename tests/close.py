@@ -13,7 +13,7 @@ def assert_close(
 ) -> None:
     """Relative L2 error against a float64 result: one rounding of the result and a random walk over the sum.
 
-    size: the result of the operands' absolute values, where terms may cancel: rounding goes with the terms, not the sum.
+    size: the result of the operands' absolute values, where terms may cancel; rounding goes with the terms.
     """
     assert tuple(ours.shape) == tuple(exact.shape), f"{what}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     if not ours.numel():
