@@ -82,8 +82,8 @@ def draw(record: dict[str, Any], target: Path) -> None:
     axes[-1, 0].set_xlabel("milliseconds (log scale); the number is PyTorch ÷ tconv", fontsize=8.5)
     machine = record["machine"]
     title = f"{machine['name']}, PyTorch {record['versions']['torch']}, commit {record['commit'][:10]}"
-    figure.suptitle(title, fontsize=10.5, x=0.02, ha="left")
-    figure.tight_layout(rect=(0, 0, 1, 0.995))
+    figure.suptitle(title, fontsize=10.5, x=0.02, y=0.999, ha="left", va="top")
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 / figure.get_figheight()))  # room for the title
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)
     plt.close(figure)

@@ -70,7 +70,8 @@ def seeds() -> str:
         for name in dict.fromkeys(r["name"] for r in rows):
             own = {r["direction"]: r for r in rows if r["name"] == name}
             first = next(iter(own.values()))
-            cells = [first["seed"], f"`{first['problem'].replace(' g1 ', ' ').replace(' f32', '')}`"]
+            problem = first["problem"].replace(" g1 ", " ").replace(" f32", "").replace("|", "\\|")
+            cells = [first["seed"], f"`{problem}`"]
             for direction in ("forward", "backward" if "backward" in own else "train"):
                 row = own.get(direction)
                 if row is None:
@@ -147,6 +148,23 @@ def regrets(record: dict[str, Any]) -> str:
     return f"### Planner regret\n\n{markdown(header, lines)}\n\n" if lines else ""
 
 
+def accuracy(record: dict[str, Any]) -> str:
+    lines = [
+        [
+            name_of(row), f"{row['dtype']} {row['layout']}".removesuffix(" contiguous"), DIRECTION[row["direction"]],
+            f"{errors['torch']:.1e}", f"{errors['tconv']:.1e}",
+        ]
+        for row in record["rows"] if (errors := row.get("error_to_float64"))
+    ]  # fmt: skip
+    if not lines:
+        return ""
+    header = ["problem", "dtype", "what", "PyTorch", "tconv"]
+    return (
+        "### Where the sides differ\n\nRelative L2 distance of each side's worst tensor to a float64 result, for the"
+        f" rows whose two results differ by more than the benchmark allows.\n\n{markdown(header, lines)}\n\n"
+    )
+
+
 def results_page() -> str:
     parts = [
         "# Results\n\nWritten by `make tables` from `bench/results`; how it is measured is in"
@@ -161,7 +179,7 @@ def results_page() -> str:
         image = ROOT / "docs" / "images" / f"{stem}.png"
         if image.is_file():
             part += f"![time against floor](images/{stem}.png)\n\n"
-        part += everything(record) + "\n\n" + regrets(record)
+        part += everything(record) + "\n\n" + accuracy(record) + regrets(record)
         for entry in record["left_out"]:
             part += f"Left out: {entry['row']}: {entry['reason'].splitlines()[0][:200]}\n"
         parts.append(part)
