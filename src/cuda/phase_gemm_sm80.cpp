@@ -232,7 +232,8 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
     return refuse(std::to_string(g.shared_bytes) + " bytes of shared memory");
   // Sums, two sets of weight fragments, the lines of an entry, addresses: counted high, a spill costs more than a block.
   const bool packs = problem.layout == Layout::channels_last && g.per_word == 2;  // pairs of channels by hand
-  g.registers = accumulators + (4 * (g.wn / 8) + g.wm / 4) * g.parts + 80 + (g.parts == 2 ? 28 : 0) + (packs ? 40 : 0);
+  g.registers = accumulators + (4 * (g.wn / 8) + g.wm / 4) * g.parts + 80 +
+                (g.parts == 2 ? 28 + config.block_k / 4 : 0) + (packs ? 40 : 0);
   if (g.registers > 255) return refuse(std::to_string(g.registers) + " registers a thread");
   const int by_registers = std::max(1, 65536 / (g.registers * g.threads));
   const int by_shared =
