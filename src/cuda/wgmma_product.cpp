@@ -22,4 +22,21 @@ std::string product_text(DType dtype, int columns) {
   return text.str();
 }
 
+std::string shared_product_text(DType dtype, int columns) {
+  const char* types = dtype == DType::f32 ? "f32.tf32.tf32" : dtype == DType::f16 ? "f32.f16.f16" : "f32.bf16.bf16";
+  std::ostringstream text;
+  const int sums = columns / 2;
+  text << "__device__ __forceinline__ void wgmma_shared(float (&d)[" << sums
+       << "], unsigned long long a, unsigned long long b, int accumulate) {\n"
+       << "  asm volatile(\"{ .reg .pred p; setp.ne.b32 p, %" << sums + 2
+       << ", 0;\\n\"\n    \"wgmma.mma_async.sync.aligned.m64n" << columns << (dtype == DType::f32 ? "k8." : "k16.")
+       << types << " {";
+  for (int i = 0; i < sums; ++i) text << (i ? "," : "") << '%' << i;
+  text << "}, %" << sums << ", %" << sums + 1 << ", p, 1, 1" << (dtype == DType::f32 ? "" : ", 0, 0")
+       << "; }\"\n    : ";
+  for (int i = 0; i < sums; ++i) text << (i ? "," : "") << "\"+f\"(d[" << i << "])";
+  text << "\n    : \"l\"(a), \"l\"(b), \"r\"(accumulate));\n}\n";
+  return text.str();
+}
+
 }  // namespace tconv::cuda

@@ -12,4 +12,8 @@ namespace tconv::cuda {
 // registers times `columns` (a multiple of 8, at most 256) from shared memory, over 32 bytes of k; f32 means TF32.
 std::string product_text(DType dtype, int columns);
 
+// `void wgmma_shared(float (&sum)[columns / 2], rows, columns, int accumulate)`: the same with both operands behind
+// descriptors, k contiguous; without `accumulate` the sums start from zero.
+std::string shared_product_text(DType dtype, int columns);
+
 }  // namespace tconv::cuda

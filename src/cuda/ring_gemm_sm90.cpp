@@ -1,0 +1,557 @@
+// ring_gemm_sm90 — host side: tile geometry, price, specialisation and launch of ring_gemm_sm90.cu.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <map>
+#include <sstream>
+
+#include "driver.h"
+#include "tile_geometry.h"
+#include "wgmma_product.h"
+
+namespace tconv::cuda {
+namespace {
+
+using std::int64_t;
+
+// block_m 64 rows times the neighbouring results of a row that are folded into them (few channels would leave rows
+// empty), block_n positions a warpgroup at most, block_k words per chunk, warps 16 or 20 (four more that store), split 1:
+// every phase pair an item of its own.
+#define SPLITS(m, n, k, w) {m, n, k, 0, w, 0}, {m, n, k, 0, w, 1}
+#define CHUNKS(m, n, w) SPLITS(m, n, 8, w), SPLITS(m, n, 16, w), SPLITS(m, n, 32, w)
+constexpr Config kConfigs[] = {CHUNKS(64, 184, 16),  CHUNKS(64, 128, 16),  CHUNKS(64, 64, 16),   CHUNKS(64, 32, 16),
+                               CHUNKS(64, 128, 20),  CHUNKS(64, 64, 20),   CHUNKS(128, 184, 16), CHUNKS(128, 128, 20),
+                               CHUNKS(256, 184, 16), CHUNKS(256, 128, 20), CHUNKS(512, 128, 20), CHUNKS(512, 64, 20)};
+#undef CHUNKS
+#undef SPLITS
+
+constexpr int kMaxStagedRows = 512;  // of a tile; their table takes 8 bytes each
+constexpr int kStaticBytes = 256;    // barriers
+constexpr int kMostSlots = 5;         // pieces of 64 bytes on their way to each of the 96 loading threads
+constexpr int kSlotBytes = 96 * 68;   // the last reads of a store run into them: whole turns of 256 positions
+constexpr int kMaxWidthPhases = 16;
+constexpr int kMaxTaps = 4096;        // tables in constant memory
+constexpr int kMaxStages = 4;         // of positions
+constexpr int kWeightStages = 3;      // of 8 KiB
+constexpr int kWeightStageBytes = 8192;
+constexpr int64_t kMostElements = int64_t{1} << 31;  // offsets within an image are 32-bit
+
+struct Entry {
+  int tap_d, tap_h;
+  int shift_w;             // index into Geometry::shifts
+  std::vector<int> tap_w;  // per live width phase: the tap, or -1
+};
+
+struct Pass {
+  int phase[3];
+  std::vector<Entry> entries;
+};
+
+struct Geometry {
+  std::string refusal;
+  bool forward = true;
+  bool rows_are_images = false;  // rank 1: images lie along the height, so that a tile spans several
+  int fold = 1;
+  int k = 0, n = 0, words = 0, chunks = 1;
+  int source_step[3] = {1, 1, 1}, result_step[3] = {1, 1, 1};
+  int64_t source_size[3] = {1, 1, 1}, result_size[3] = {1, 1, 1}, batch = 1;
+  std::vector<int> offset[2];  // per depth and height tap
+  std::vector<int> shifts;     // distinct ones of the width, ascending
+  int64_t lattice[3] = {1, 1, 1}, tiles[3] = {1, 1, 1};
+  std::vector<Pass> passes;
+  int num_entries = 0, most_entries = 0, live_passes = 0, num_taps = 1;
+  int width_phases = 1, num_live = 1, channels = 64, row_blocks = 1;
+  std::vector<int> live;
+  int th = 1, tw = 1, group_rows = 0, group_columns = 0, columns = 8;  // of a warpgroup; columns: positions of a product
+  Columns staged[3];
+  int positions = 0, plane = 0, span_begin = 0, span = 0;
+  bool vector = false, resident = false;
+  int slots = 0, stages = 0, entries_per_stage = 1, stage_pitch = 0, sum_words = 0;
+  std::size_t shared_bytes = 0;
+};
+
+Geometry layer_geometry(const Problem& problem, int fold) {
+  Geometry g;
+  g.forward = problem.direction == Direction::forward;
+  g.fold = fold;
+  auto refuse = [&](std::string why) {
+    g.refusal = std::move(why);
+    return g;
+  };
+  if (!g.forward && problem.direction != Direction::grad_input)
+    return refuse("direction " + std::string(to_string(problem.direction)) + " is not a phase product");
+  if (problem.dtype == DType::f64) return refuse("f64 has no wgmma");
+  if (problem.dtype == DType::f32 && problem.precision == Precision::fp32)
+    return refuse("fp32 accuracy: wgmma truncates its sums");
+  const int64_t ci = problem.in_channels / std::max<int64_t>(1, problem.groups);
+  const int64_t co = problem.out_channels / std::max<int64_t>(1, problem.groups);
+  if (ci == 0 || co == 0) return refuse("no channels");
+  if (volume(problem.kernel) > kMaxTaps) return refuse("more than " + std::to_string(kMaxTaps) + " taps");
+  for (int dim = 0; dim < 3; ++dim)
+    if (problem.kernel[dim] * problem.dilation[dim] + problem.padding[dim] > (1 << 20) || problem.stride[dim] > 4096)
+      return refuse("stride or kernel extent too large for the tables");
+  g.k = static_cast<int>(g.forward ? ci : co);
+  g.n = static_cast<int>(g.forward ? co : ci);
+  g.words = static_cast<int>(size_of(problem.dtype) == 2 ? ceil_div(g.k, 2) : g.k);
+  g.num_taps = static_cast<int>(volume(problem.kernel));
+  const Dims output = output_size(problem);
+  const Dims& source = g.forward ? problem.input : output;
+  const Dims& result = g.forward ? output : problem.input;
+  if (volume(source) >= kMostElements || volume(result) >= kMostElements)
+    return refuse("a plane of 2^31 elements or more");
+  g.batch = problem.batch;
+  for (int dim = 0; dim < 3; ++dim) {
+    g.source_size[dim] = source[dim];
+    g.result_size[dim] = result[dim];
+  }
+  g.rows_are_images = problem.rank == 1 && std::max(input_elements(problem), output_elements(problem)) < kMostElements;
+  if (g.rows_are_images) {
+    g.source_size[1] = g.result_size[1] = problem.batch;
+    g.batch = 1;
+  }
+
+  // phases[dim][r] -> (tap, where it reads relative to the lattice position)
+  std::vector<std::vector<std::pair<int, int>>> phases[3];
+  for (int dim = 0; dim < 3; ++dim) {
+    const int stride = static_cast<int>(problem.stride[dim]), folded = dim == 2 ? fold : 1;
+    phases[dim].resize(static_cast<std::size_t>(g.forward ? stride * folded : folded));
+    for (int t = 0; t < problem.kernel[dim]; ++t) {
+      const int offset = static_cast<int>(problem.dilation[dim] * t - problem.padding[dim]);
+      for (int r = 0; r < static_cast<int>(phases[dim].size()); ++r) {
+        if (g.forward && (r - offset) % stride != 0) continue;
+        phases[dim][r].emplace_back(t, g.forward ? (r - offset) / stride : stride * r + offset);
+      }
+    }
+    g.source_step[dim] = g.forward ? folded : stride * folded;
+    g.result_step[dim] = g.forward ? stride * folded : folded;
+    g.lattice[dim] = ceil_div(g.result_size[dim], g.result_step[dim]);
+    if (dim == 2) continue;
+    g.offset[dim].resize(problem.kernel[dim]);
+    for (const auto& taps : phases[dim])
+      for (const auto& [tap, shift] : taps) g.offset[dim][tap] = shift;
+  }
+  for (const auto& taps : phases[2])
+    for (const auto& [tap, shift] : taps) g.shifts.push_back(shift);
+  std::sort(g.shifts.begin(), g.shifts.end());
+  g.shifts.erase(std::unique(g.shifts.begin(), g.shifts.end()), g.shifts.end());
+
+  const int width = static_cast<int>(phases[2].size());
+  g.width_phases = std::min(width, kMaxWidthPhases);
+  for (int rw = 0; rw < g.width_phases; ++rw)
+    if (width > kMaxWidthPhases || !phases[2][rw].empty()) g.live.push_back(rw);
+  g.num_live = static_cast<int>(g.live.size());
+  g.channels = 64 / g.num_live;
+  if (fold > 1 && (width > kMaxWidthPhases || int64_t{g.n} * g.num_live > 64))
+    return refuse("the rows are full without folding the width");
+  g.channels = std::min(g.channels, g.num_live == 2 ? static_cast<int>(ceil_div(g.n, 8) * 8) : g.n);
+  g.row_blocks = static_cast<int>(ceil_div(g.n, g.channels));
+  const int64_t passes =
+      static_cast<int64_t>(phases[0].size()) * static_cast<int64_t>(phases[1].size()) * ceil_div(width, g.width_phases);
+  if (passes > kMaxTaps) return refuse("more than " + std::to_string(kMaxTaps) + " phases");
+  for (int rd = 0; rd < static_cast<int>(phases[0].size()); ++rd)
+    for (int rh = 0; rh < static_cast<int>(phases[1].size()); ++rh)
+      for (int rw0 = 0; rw0 < width; rw0 += g.width_phases) {
+        Pass pass{{rd, rh, rw0}, {}};
+        std::map<int, std::vector<int>> by_shift;  // width shift -> tap per live phase
+        for (int l = 0; l < g.num_live; ++l) {
+          if (rw0 + g.live[l] >= width) continue;
+          for (const auto& [tap, shift] : phases[2][rw0 + g.live[l]])
+            by_shift.try_emplace(shift, g.num_live, -1).first->second[l] = tap;
+        }
+        for (const auto& td : phases[0][rd])
+          for (const auto& th : phases[1][rh])
+            for (const auto& [shift, taps] : by_shift) {
+              const auto at = std::lower_bound(g.shifts.begin(), g.shifts.end(), shift) - g.shifts.begin();
+              pass.entries.push_back({td.first, th.first, static_cast<int>(at), taps});
+            }
+        g.num_entries += static_cast<int>(pass.entries.size());
+        g.most_entries = std::max(g.most_entries, static_cast<int>(pass.entries.size()));
+        g.live_passes += !pass.entries.empty();
+        g.passes.push_back(std::move(pass));
+      }
+  if (g.num_entries > kMaxTaps) return refuse("more than " + std::to_string(kMaxTaps) + " tap shifts");
+  return g;
+}
+
+// A fixed set, so that images of changing size share a few specialisations; the last ones fill a run to the end.
+std::vector<int> tile_widths(int block_n, int halo) {
+  std::vector<int> widths;
+  for (int tw = 8; tw <= block_n; tw += tw < 64 ? 4 : 8) widths.push_back(tw);
+  for (int run : {32, 64, 128, block_n}) widths.push_back(run - halo);
+  return widths;
+}
+
+// The staged rows of a dimension, relative to the tile's first position: the lowest and the highest.
+std::pair<int, int> reach_of(const Geometry& g, int dim) {
+  const auto [low, high] = std::minmax_element(g.staged[dim].base.begin(), g.staged[dim].base.end());
+  return {*low, *high + (g.staged[dim].length - 1) * g.source_step[dim]};
+}
+
+// What one multiprocessor needs for an item, in cycles of its clock.
+struct Cost {
+  double multiply = 0, load = 0, store = 0;
+  double total() const {
+    const double longest = std::max({multiply, load, store});
+    return longest + 0.15 * (multiply + load + store - longest) + 400;
+  }
+};
+
+Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& config, const Geometry& g) {
+  const double share = config.split ? 1.0 / static_cast<double>(g.passes.size()) : 1.0;
+  const double steps = static_cast<double>(g.num_entries) * share * g.chunks * (config.block_k / 8);
+  Cost cost;
+  // A product of n positions takes n / 2 cycles, at least 32 for its operands; two warpgroups take turns.
+  cost.multiply = 2 * steps * std::max(g.columns / 2.0, 32.0) / 0.88 + 2 * g.num_entries * share * g.chunks * 12.0;
+  const double loads = (g.resident ? 1.0 : std::max(1.0, g.live_passes * share)) * g.chunks;
+  const double units = loads * (config.block_k / 4) * g.positions;
+  const double unit = problem.layout == Layout::channels_last ? 0.8 : g.vector ? 0.9 : 2.0;
+  cost.load = units * unit;
+  double math = 0;
+  for (const Op& op : epilogue.ops)
+    math += is_norm(op.kind) ? 0 : op.kind == OpKind::gelu || op.kind == OpKind::mish ? 30 : 8;
+  const double results = 2.0 * g.th * g.tw * g.channels * g.width_phases * static_cast<double>(g.passes.size()) * share;
+  const double bytes = static_cast<double>(size_of(epilogue.output_dtype.value_or(problem.dtype)));
+  cost.store = results * std::max(bytes / 16.0, (9.0 + math) / 32.0 / (config.warps == 20 ? 2.4 : 1.4));
+  return cost;
+}
+
+Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
+                  const Geometry& layer) {
+  Geometry g = layer;
+  if (!g.refusal.empty()) return g;
+  auto refuse = [&](std::string why) {
+    g.refusal = std::move(why);
+    return g;
+  };
+  g.chunks = static_cast<int>(ceil_div(g.words, config.block_k));
+  if (config.block_k > 8 && config.block_k / 2 >= g.words) return refuse("block_k is over twice the channels");
+  if (config.split && g.passes.size() == 1) return refuse("one pass cannot be split");
+  const int entry_bytes = config.block_k * 256;
+  g.entries_per_stage = std::clamp(kWeightStageBytes / entry_bytes, 1, g.most_entries);
+  const std::size_t weight_bytes = static_cast<std::size_t>(kWeightStages) * g.entries_per_stage * entry_bytes;
+  const int64_t limit = static_cast<int64_t>(device.shared_memory_per_block) - kStaticBytes;
+
+  g.staged[0] = columns_of(1, g.source_step[0], g.offset[0]);
+  double best = std::numeric_limits<double>::max();
+  const Geometry base = g;
+  const int halo = columns_of(8, g.source_step[2], g.shifts).length - 8;
+  for (int beside = 0; beside < 2; ++beside)  // the warpgroups' runs: above each other, or side by side
+    for (int tw : tile_widths(config.block_n, halo)) {
+      if (tw < 4 || tw > config.block_n) continue;
+      if (tw > 8 && tw / 2 >= g.lattice[2]) continue;
+      const Columns columns = columns_of(beside ? 2 * tw : tw, g.source_step[2], g.shifts);
+      const int most = (config.block_n - tw) / columns.length + 1;
+      const int groups_high = beside ? 1 : 2;
+      const int wanted = static_cast<int>(std::min<int64_t>(most, ceil_div(g.lattice[1], groups_high)));
+      for (int th : {most, wanted}) {
+        if (th < 1 || th > 256) continue;
+        Geometry t = base;
+        t.th = th, t.tw = tw;
+        t.group_rows = beside ? 0 : th;
+        t.group_columns = beside ? tw : 0;
+        t.staged[1] = columns_of(th * groups_high, g.source_step[1], g.offset[1]);
+        t.staged[2] = columns;
+        t.columns = static_cast<int>(ceil_div((th - 1) * columns.length + tw, 8) * 8);
+        const int64_t rows = static_cast<int64_t>(t.staged[0].base.size()) * t.staged[0].length *
+                             static_cast<int64_t>(t.staged[1].base.size()) * t.staged[1].length;
+        const int64_t positions = static_cast<int64_t>(columns.base.size()) * columns.length * rows;
+        const int64_t plane = ceil_div(positions + 7, 8) * 8 + 1;  // = 1 mod 8, and room for a run's overhang
+        if (plane * 16 > 262128 || rows > kMaxStagedRows || columns.length * t.source_step[2] > 32768) continue;
+        t.positions = static_cast<int>(positions);
+        t.plane = static_cast<int>(plane);
+        // The row pitch of the sums spreads a warp's stores over the banks.
+        const int points = t.columns * t.width_phases;
+        if (problem.layout == Layout::channels_last) {
+          t.stage_pitch = static_cast<int>(ceil_div(t.channels, 4) * 4 + 4);
+          t.sum_words = points * t.stage_pitch;
+        } else {
+          t.stage_pitch = static_cast<int>(t.num_live == 2 && t.width_phases == 2
+                                               ? ceil_div(points - 16, 32) * 32 + 16
+                                               : ceil_div(points - 8, 32) * 32 + 8);
+          // Rows beyond the channels are stored as well where every row is a channel.
+          t.sum_words = (t.num_live == 1 && t.width_phases == 1 ? 64 : t.num_live == 2 && t.width_phases == 2 ? 32 : t.channels) *
+                        t.stage_pitch;
+        }
+        const int64_t stage_bytes = int64_t{config.block_k / 4} * plane * 16;
+        t.slots = problem.layout == Layout::channels_last && size_of(problem.dtype) == 2 ? 1 : kMostSlots;
+        const int64_t left = limit - 8 * rows - static_cast<int64_t>(weight_bytes) - int64_t{8} * t.sum_words - t.slots * kSlotBytes;
+        if (left < 2 * stage_bytes) continue;
+        const int passes_of_item = config.split ? 1 : t.live_passes;
+        t.stages = static_cast<int>(std::min<int64_t>(left / stage_bytes, kMaxStages));
+        t.resident = passes_of_item > 1 && left / stage_bytes > t.chunks;
+        if (t.resident) t.stages = static_cast<int>(std::min<int64_t>(left / stage_bytes, std::max(2 * t.chunks, 2)));
+        const auto [low, high] = std::minmax_element(columns.base.begin(), columns.base.end());
+        t.span_begin = *low;
+        t.span = *high - *low + (columns.length - 1) * t.source_step[2] + 1;
+        t.vector = problem.layout == Layout::channels_last ? g.k % (16 / static_cast<int>(size_of(problem.dtype))) == 0
+                                                           : t.span <= 2 * static_cast<int>(columns.base.size()) * columns.length;
+        const auto [low_d, high_d] = reach_of(t, 0);
+        const auto [low_h, high_h] = reach_of(t, 1);
+        // Relative rows are kept in 16 bits, their elements in 32.
+        if (high_d - low_d >= 32768 || high_h - low_h >= 32768) continue;
+        const int64_t row_elements =
+            t.source_size[2] * (problem.layout == Layout::channels_last || t.rows_are_images ? int64_t{g.k} * problem.groups : 1);
+        const int64_t farthest = std::max(std::abs(low_d), std::abs(high_d)) * t.source_size[1] + std::max(std::abs(low_h), std::abs(high_h));
+        if (farthest * row_elements >= kMostElements) continue;
+        t.shared_bytes = static_cast<std::size_t>(t.stages * stage_bytes) + weight_bytes +
+                         8 * static_cast<std::size_t>(t.sum_words) + static_cast<std::size_t>(t.slots) * kSlotBytes;
+        t.tiles[0] = std::max<int64_t>(1, t.lattice[0]);
+        t.tiles[1] = std::max<int64_t>(1, ceil_div(t.lattice[1], th * groups_high));
+        t.tiles[2] = std::max<int64_t>(1, ceil_div(t.lattice[2], beside ? 2 * tw : tw));
+        const int64_t items = t.tiles[0] * t.tiles[1] * t.tiles[2] * t.batch * problem.groups * t.row_blocks *
+                              (config.split ? static_cast<int64_t>(t.passes.size()) : 1);
+        const double cost = static_cast<double>(ceil_div(items, device.multiprocessors)) *
+                            cost_of(problem, epilogue, config, t).total();
+        if (cost < best) {
+          best = cost;
+          g = t;
+        }
+      }
+    }
+  if (best == std::numeric_limits<double>::max()) return refuse("no tile fits shared memory");
+  return g;
+}
+
+int64_t num_items(const Problem& problem, const Config& config, const Geometry& g) {
+  return g.tiles[0] * g.tiles[1] * g.tiles[2] * g.batch * problem.groups * g.row_blocks *
+         (config.split ? static_cast<int64_t>(g.passes.size()) : 1);
+}
+
+std::size_t packed_words(const Problem& problem, const Config& config, const Geometry& g) {
+  return static_cast<std::size_t>(problem.groups) * g.row_blocks * g.num_entries * g.chunks * config.block_k * 64;
+}
+
+int fold_of(const Config& config) { return config.block_m / 64; }
+
+Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config) {
+  Fit fit;
+  if (device.backend != Backend::cuda || device.compute_capability != 90) {
+    fit.refusal = "needs compute capability 9.0 (wgmma)";
+    return fit;
+  }
+  thread_local Problem cached_problem;
+  thread_local std::map<int, Geometry> cached_layers;  // by fold
+  if (!(cached_problem == problem)) {
+    cached_layers.clear();
+    cached_problem = problem;
+  }
+  auto cached = cached_layers.find(fold_of(config));
+  if (cached == cached_layers.end())
+    cached = cached_layers.emplace(fold_of(config), layer_geometry(problem, fold_of(config))).first;
+  const Geometry g = geometry(problem, epilogue, device, config, cached->second);
+  fit.refusal = g.refusal;
+  if (fit && problem.batch * volume(g.forward ? problem.input : output_size(problem)) == 0)
+    fit.refusal = "empty source";
+  if (!fit) return fit;
+  const int64_t items = num_items(problem, config, g);
+  if (items >= (int64_t{1} << 31)) {
+    fit.refusal = "more than 2^31 items";
+    return fit;
+  }
+  if (packed_words(problem, config, g) >= (std::size_t{1} << 31)) {
+    fit.refusal = "more than 2^31 packed words";
+    return fit;
+  }
+  const double clock = device.tf32_tflops * 1e12 / (2048.0 * 0.82) / device.multiprocessors;
+  const double rounds = static_cast<double>(ceil_div(items, device.multiprocessors));
+  // Ends: the first loads have nothing to hide behind, nor the last store.
+  const double compute = (rounds * cost_of(problem, epilogue, config, g).total() + 4000.0) / clock * 1e6;
+  const double traffic = minimum_bytes(problem) / (device.bandwidth_tbs * 1e12 * 0.85) * 1e6;
+  fit.microseconds = std::max(compute, traffic) + 0.15 * std::min(compute, traffic) + 5.0;
+  fit.workspace_bytes = packed_words(problem, config, g) * 4;
+  for (const Op& op : epilogue.ops) {
+    if (is_norm(op.kind)) break;
+    ++fit.fused_ops;
+  }
+  return fit;
+}
+
+std::vector<Unit> units(const Step& step) {
+  const Problem& problem = step.problem;
+  const Config& config = step.config;
+  const Geometry g =
+      geometry(problem, step.epilogue, step.device, config, layer_geometry(problem, fold_of(config)));
+  std::ostringstream text;
+  text << layer_prelude(step);
+  auto define = [&text](const char* name, auto value) { text << "#define " << name << ' ' << value << '\n'; };
+  define("RG_FORWARD", g.forward ? 1 : 0);
+  define("RG_K", g.k);
+  define("RG_N_CHANNELS", g.n);
+  define("RG_NUM_TAPS", g.num_taps);
+  define("RG_NUM_ENTRIES", g.num_entries);
+  define("RG_NUM_LIVE", g.num_live);
+  define("RG_CHANNELS", g.channels);
+  // Two phases: rows r and r + 8, which one thread holds, so that it can store them interleaved.
+  define("RG_ROW_CHANNEL(row)", g.num_live == 1   ? "(row)"
+                                : g.num_live == 2 ? "((row) / 16 * 8 + (row) % 8)"
+                                                  : "((row) / RG_NUM_LIVE)");
+  define("RG_ROW_LIVE(row)", g.num_live == 1 ? "0" : g.num_live == 2 ? "((row) / 8 % 2)" : "((row) % RG_NUM_LIVE)");
+  define("RG_KC", config.block_k);
+  define("RG_CHUNKS", g.chunks);
+  define("RG_ROW_BLOCKS", g.row_blocks);
+  std::vector<int> begin{0}, word, phase, tap;
+  const int kh = static_cast<int>(problem.kernel[1]), kw = static_cast<int>(problem.kernel[2]);
+  const int rows_d = static_cast<int>(g.staged[0].base.size()) * g.staged[0].length;
+  const int rows_h = static_cast<int>(g.staged[1].base.size()) * g.staged[1].length;
+  const int length = g.staged[2].length;
+  for (const Pass& pass : g.passes) {
+    phase.insert(phase.end(), pass.phase, pass.phase + 3);
+    for (const Entry& entry : pass.entries) {
+      const int in_row = g.staged[2].tap_word[entry.shift_w];  // plane * length + column
+      word.push_back(((in_row / length * rows_d + g.staged[0].tap_word[entry.tap_d]) * rows_h +
+                      g.staged[1].tap_word[entry.tap_h]) *
+                         length +
+                     in_row % length);
+      for (int t : entry.tap_w) tap.push_back(t < 0 ? -1 : (entry.tap_d * kh + entry.tap_h) * kw + t);
+    }
+    begin.push_back(static_cast<int>(word.size()));
+  }
+  define("RG_ENTRY_BEGIN", list(begin));
+  const std::string layer = text.str();
+  define("RG_ENTRY_TAP", list(tap));
+  const std::string pack = text.str();
+  text.str("");
+  text << layer;
+  define("RG_STAGES", g.stages);
+  define("RG_SLOTS", g.slots);
+  define("RG_STORE_GROUPS", config.warps == 20 ? 2 : 1);
+  define("RG_RESIDENT", g.resident ? 1 : 0);
+  define("RG_WEIGHT_STAGES", kWeightStages);
+  define("RG_ENTRIES_PER_STAGE", g.entries_per_stage);
+  define("RG_N", g.columns);
+  define("RG_TH", g.th);
+  define("RG_TW", g.tw);
+  define("RG_TILE_H", g.group_rows ? 2 * g.th : g.th);
+  define("RG_TILE_W", g.group_columns ? 2 * g.tw : g.tw);
+  define("RG_GROUP_ROWS", g.group_rows);
+  define("RG_GROUP_COLUMNS", g.group_columns);
+  define("RG_NPD", g.staged[0].base.size());
+  define("RG_NPH", g.staged[1].base.size());
+  define("RG_NPW", g.staged[2].base.size());
+  define("RG_JD", g.staged[0].length);
+  define("RG_JH", g.staged[1].length);
+  define("RG_JW", g.staged[2].length);
+  define("RG_PLANE", g.plane);
+  define("RG_SPAN_BEGIN", '(' + std::to_string(g.span_begin) + ')');
+  define("RG_SPAN", g.span);
+  define("RG_VECTOR", g.vector ? 1 : 0);
+  const char* names[2] = {"D", "H"};
+  for (int dim = 0; dim < 2; ++dim) {
+    const auto [low, high] = reach_of(g, dim);
+    define((std::string("RG_LOW_") + names[dim]).c_str(), '(' + std::to_string(low) + ')');
+    define((std::string("RG_HIGH_") + names[dim]).c_str(), '(' + std::to_string(high) + ')');
+  }
+  define("RG_SRC_D", g.source_step[0]);
+  define("RG_SRC_H", g.source_step[1]);
+  define("RG_SRC_W", g.source_step[2]);
+  define("RG_OUT_D", g.result_step[0]);
+  define("RG_OUT_H", g.result_step[1]);
+  define("RG_OUT_W", g.result_step[2]);
+  define("RG_PW", g.width_phases);
+  define("RG_NUM_PASSES", g.passes.size());
+  define("RG_PASS_PER_ITEM", config.split);
+  define("RG_STAGE_PITCH", g.stage_pitch);
+  define("RG_SUM_WORDS", g.sum_words);
+  define("RG_WIDE_PAIRS", size_of(step.epilogue.output_dtype.value_or(problem.dtype)) == 2 ? 1 : 0);
+  define("RG_PLANES_D", list(g.staged[0].base));
+  define("RG_PLANES_H", list(g.staged[1].base));
+  define("RG_PLANES_W", list(g.staged[2].base));
+  define("RG_LIVE", list(g.live));
+  define("RG_PASS", list(phase));
+  define("RG_ENTRY_WORD", list(word));
+  if (const char* v = std::getenv("RG_VARIANT")) text << "#define V_" << v << " 1\n";
+  text << shared_product_text(problem.dtype, g.columns);
+  return {{"ring_gemm_sm90.cu", "ring_gemm", text.str(), config.warps * 32, g.shared_bytes},
+          {"ring_gemm_pack_sm90.cu", "ring_gemm_pack", pack, 256, 0}};
+}
+
+struct Ready : Loaded {
+  Geometry geometry;
+  int64_t items = 0;
+  unsigned packed = 0;
+};
+
+void prepare_launch(Step& step) {
+  prepare(step);
+  auto ready = std::make_shared<Ready>();
+  ready->functions = static_cast<const Loaded*>(step.state.get())->functions;
+  ready->geometry = geometry(step.problem, step.epilogue, step.device, step.config,
+                             layer_geometry(step.problem, fold_of(step.config)));
+  ready->items = num_items(step.problem, step.config, ready->geometry);
+  ready->packed = static_cast<unsigned>(packed_words(step.problem, step.config, ready->geometry));
+  step.state = std::shared_ptr<Loaded>(ready);
+}
+
+// Elements between neighbours of a tensor with `channels` channels: images, depths, rows, and channels or positions.
+void strides_of(long long (&stride)[4], const Problem& problem, const Geometry& g, int64_t channels,
+                const Dims& size) {
+  const int64_t plane = volume(size);
+  const bool last = problem.layout == Layout::channels_last;
+  stride[0] = channels * plane;
+  stride[2] = g.rows_are_images ? stride[0] : size[2] * (last ? channels : 1);
+  stride[1] = size[1] * size[2] * (last ? channels : 1);
+  stride[3] = last ? channels : plane;
+}
+
+void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
+  const Ready& ready = *static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()));
+  const Geometry& g = ready.geometry;
+  const Problem& problem = step.problem;
+  if (ready.items == 0) return;
+  {
+    const void* weight = tensors.weight;
+    void* packed = tensors.workspace;
+    unsigned total = ready.packed;
+    void* args[] = {&weight, &packed, &total};
+    launch(*ready.functions[1], {std::min(4096u, (total + 255) / 256)}, stream, args);
+  }
+  struct {
+    const void* source;
+    const void* weights;
+    const void* bias;
+    void* result;
+    long long source_stride[4], result_stride[4], source_elements;
+    int source_size[3], result_size[3], tiles[3];
+    unsigned items;
+    int vector_loads, wide_stores;
+    const void* operands[kMaxOperands];
+  } args{};
+  const Dims output = output_size(problem);
+  const Dims& source = g.forward ? problem.input : output;
+  const Dims& result = g.forward ? output : problem.input;
+  args.source = g.forward ? tensors.input : tensors.grad_output;
+  args.weights = tensors.workspace;
+  args.bias = tensors.bias;
+  args.result = tensors.output;
+  strides_of(args.source_stride, problem, g, int64_t{g.k} * problem.groups, source);
+  strides_of(args.result_stride, problem, g, int64_t{g.n} * problem.groups, result);
+  args.source_elements = problem.batch * args.source_stride[0];
+  for (int dim = 0; dim < 3; ++dim) {
+    args.source_size[dim] = static_cast<int>(g.source_size[dim]);
+    args.result_size[dim] = static_cast<int>(g.result_size[dim]);
+    args.tiles[dim] = static_cast<int>(g.tiles[dim]);
+  }
+  args.items = static_cast<unsigned>(ready.items);
+  const auto address = reinterpret_cast<std::uintptr_t>(args.source);
+  const int64_t unit = 16 / static_cast<int64_t>(size_of(problem.dtype));
+  // contiguous: planes are multiples of 4 elements, so that a row starts alike in all channels
+  args.vector_loads = problem.layout == Layout::channels_last ? address % 16 == 0 && g.k % unit == 0
+                                                              : volume(source) % 4 == 0;
+  const int64_t wide = 16 / static_cast<int64_t>(size_of(step.epilogue.output_dtype.value_or(problem.dtype)));
+  const auto to = reinterpret_cast<std::uintptr_t>(tensors.output);
+  args.wide_stores = problem.layout == Layout::channels_last ? to % 16 == 0 && g.n % wide == 0 && g.channels % wide == 0
+                                                             : to % 4 == 0 && result[2] % 2 == 0;
+  for (int i = 0; i < kMaxOperands; ++i) args.operands[i] = tensors.operands[i];
+  void* pointers[] = {&args};
+  launch(*ready.functions[0], {static_cast<unsigned>(std::min<int64_t>(ready.items, step.device.multiprocessors))},
+         stream, pointers);
+}
+
+}  // namespace
+
+extern const Kernel ring_gemm_sm90;
+const Kernel ring_gemm_sm90{"ring_gemm_sm90", kConfigs, fit, units, prepare_launch, launch_step};
+
+}  // namespace tconv::cuda

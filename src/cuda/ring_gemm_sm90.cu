@@ -1,0 +1,793 @@
+// ring_gemm_sm90 — transposed convolution and its input gradient on Hopper's warpgroup products, fed through rings.
+// Computes  result[b, n, o] = epilogue( sum over taps, k of source[b, k, position(o, tap)] * weight[k, n, tap] )
+//           with source, k, n as in phase_gemm_sm80
+// Method    one block per multiprocessor walks over tiles; its warps have roles and meet only at the stages of three rings:
+//             load      3 warps stage positions as 16-byte units of channels, rounded, loads ahead in registers
+//             weights   1 warp copies packed rows by the copy engine
+//             multiply  2 warpgroups, each 64 rows (result channel x width phase) times a run of RG_N positions
+//             store     4 warps take the sums through shared memory, apply the epilogue and write whole lines
+//           so loads, products and stores of neighbouring tiles overlap. Both operands lie in shared memory with k
+//           contiguous and no swizzle: any position is a legal start address, one staged tile serves every tap.
+// Refuses   fp32 accuracy (the tensor core truncates its sums), fp64 (see ring_gemm_sm90.cpp)
+// Reads as  1 locate · 2 load · 3 multiply · 4 epilogue · 5 store
+// SPDX-License-Identifier: Apache-2.0
+#include "ring_sm90.cuh"
+
+__constant__ int rg_entry_begin[] = {RG_ENTRY_BEGIN};  // per pass, into rg_entry_word
+__constant__ int rg_entry_word[] = {RG_ENTRY_WORD};    // position offset in the tile
+__constant__ int rg_pass[] = {RG_PASS};                // depth phase, height phase, first width phase
+__constant__ int rg_planes_d[] = {RG_PLANES_D};        // source coordinate of each plane's first row or column
+__constant__ int rg_planes_h[] = {RG_PLANES_H};
+__constant__ int rg_planes_w[] = {RG_PLANES_W};
+__constant__ int rg_live[] = {RG_LIVE};  // width phases with taps, in row order
+
+// Warps 0-7 multiply, 8-10 load, 11 copies weights, from 12 on store: four for both warpgroups, or four for each.
+constexpr int kThreads = 384 + 128 * RG_STORE_GROUPS;
+constexpr int kLoaders = 96;
+constexpr int kStorers = 128;
+constexpr int kPerUnit = 16 / sizeof(storage_t);  // channels in 16 bytes
+constexpr int kUnits = RG_KC / 4;                 // planes per chunk; RG_KC counts 4-byte words
+constexpr int kSteps = RG_KC / 8;
+constexpr int kRowsD = RG_NPD * RG_JD, kRowsH = RG_NPH * RG_JH;
+constexpr int kRows = kRowsD * kRowsH;
+constexpr int kPositions = RG_NPW * kRows * RG_JW;
+constexpr int kPlane = RG_PLANE;  // positions of a plane, with room for the run's overhang; = 1 mod 8 (banks)
+constexpr int kStageUnits = kUnits * kPlane;
+constexpr int kSums = RG_N / 2;
+constexpr int kEntryWords = RG_KC * 64;  // packed rows of one entry and chunk
+constexpr int kSlots = RG_SLOTS;  // pieces of 64 bytes that a loading thread has under way
+
+struct RingGemmArgs {
+  const storage_t* source;
+  const unsigned* weights;  // packed rows, see ring_gemm_pack_sm90.cu
+  const void* bias;
+  output_t* result;
+  // Elements between neighbours: images, depths, rows, and channels (contiguous) or positions (channels_last).
+  long long source_image, source_slab, source_row, source_inner;
+  long long result_image, result_slab, result_row, result_inner;
+  long long source_elements;
+  int source_d, source_h, source_w;
+  int result_d, result_h, result_w;
+  int tiles_d, tiles_h, tiles_w;
+  unsigned items;
+  int vector_loads;  // contiguous: planes are multiples of 4 elements; channels_last: 16-byte units are aligned
+  int wide_stores;   // contiguous: 16-bit rows start on 4-byte boundaries; channels_last: 16 bytes of results are aligned
+  Operands operands;
+};
+
+// 1 locate
+struct Item {
+  int row_block, pass_begin, pass_end, q_d, q_h, q_w, group;
+  long long b;
+};
+
+__device__ __forceinline__ Item locate(const RingGemmArgs& a, unsigned index) {
+  Item item;
+  item.row_block = index % RG_ROW_BLOCKS;
+  index /= RG_ROW_BLOCKS;
+  item.pass_begin = 0, item.pass_end = RG_NUM_PASSES;
+  if (RG_PASS_PER_ITEM) {
+    item.pass_begin = index % RG_NUM_PASSES;
+    item.pass_end = item.pass_begin + 1;
+    index /= RG_NUM_PASSES;
+  }
+  item.q_w = index % a.tiles_w * RG_TILE_W;
+  index /= a.tiles_w;
+  item.q_h = index % a.tiles_h * RG_TILE_H;
+  index /= a.tiles_h;
+  item.q_d = index % a.tiles_d;
+  index /= a.tiles_d;
+  item.group = index % TCONV_GROUPS;
+  item.b = index / TCONV_GROUPS;
+  return item;
+}
+
+// How often an item's positions are staged: once per chunk, and again for every pass unless all chunks stay.
+__device__ __forceinline__ int loads_of(const Item& item) {
+  int passes = 0;
+  for (int pass = item.pass_begin; pass < item.pass_end; ++pass)
+    passes += rg_entry_begin[pass] < rg_entry_begin[pass + 1];
+  return (RG_RESIDENT && passes > 1 ? 1 : passes) * RG_CHUNKS;
+}
+
+// ------------------------------------------------------------------------------------------------------------- 2 load
+
+// A staged row relative to the tile's first position: elements, and depth and height in 16 bits each.
+struct StagedRow {
+  int offset;
+  int reach;  // (depth - RG_LOW_D) << 16 | (height - RG_LOW_H)
+};
+
+__device__ __forceinline__ StagedRow staged_row(const RingGemmArgs& a, int row) {
+  const int d_row = row / kRowsH, h_row = row % kRowsH;
+  const int d = rg_planes_d[d_row / RG_JD] + d_row % RG_JD * RG_SRC_D;
+  const int h = rg_planes_h[h_row / RG_JH] + h_row % RG_JH * RG_SRC_H;
+  return {static_cast<int>(d * a.source_slab + h * a.source_row), (d - RG_LOW_D) << 16 | (h - RG_LOW_H)};
+}
+
+// kSlots pieces of 64 bytes are on their way per thread, asynchronously to the thread's own place in shared memory, while
+// earlier ones are rounded, transposed and stored in the tile; the cursor of the copies runs one round (kSlots pieces)
+// ahead of the cursor of the stores, across stages and items, so the flow never drains. Loads to registers cannot do
+// this: the compiler makes one counter of all of them, and the first use waits for the last (5.3 ms instead of 3.3 on S1).
+struct Cursor {
+  unsigned item;
+  int load, loads, round;
+  int d0, h0, w0, channel;  // of the tile's first position; first channel of the chunk
+  const storage_t* origin;  // element of that position and channel; may lie outside the tensor
+  const storage_t* unit;    // contiguous: of the thread's unit of channels, which is that of all its vector pieces
+  bool valid, interior;     // interior: nothing that is staged or read along with it lies outside its row
+
+  __device__ __forceinline__ void find(const RingGemmArgs& a) {
+    valid = false;
+    for (; item < a.items; item += gridDim.x) {
+      const Item at = locate(a, item);
+      loads = loads_of(at);
+      if (loads == 0) continue;
+      d0 = at.q_d * RG_SRC_D, h0 = at.q_h * RG_SRC_H, w0 = at.q_w * RG_SRC_W;
+      origin = a.source + at.b * a.source_image + d0 * a.source_slab + h0 * a.source_row;
+      origin += TCONV_CHANNELS_LAST ? w0 * a.source_inner + (long long)at.group * RG_K
+                                    : w0 + (long long)at.group * RG_K * a.source_inner;
+      constexpr int kAlong = TCONV_CHANNELS_LAST ? 0 : 3;  // a vector may begin so many elements early, or end late
+      interior = d0 + RG_LOW_D >= 0 && d0 + RG_HIGH_D < a.source_d && h0 + RG_LOW_H >= 0 &&
+                 h0 + RG_HIGH_H < a.source_h && w0 + RG_SPAN_BEGIN - kAlong >= 0 &&
+                 w0 + RG_SPAN_BEGIN + RG_SPAN + kAlong <= a.source_w;
+      load = round = channel = 0;
+      unit = origin + threadIdx.x % kUnits * kPerUnit * a.source_inner;
+      valid = true;
+      return;
+    }
+  }
+  __device__ __forceinline__ void advance(const RingGemmArgs& a, int rounds) {
+    if (++round < rounds) return;
+    round = 0;
+    if (++load < loads) {
+      const int next = load % RG_CHUNKS * (kUnits * kPerUnit);
+      origin += (next - channel) * (TCONV_CHANNELS_LAST ? 1 : a.source_inner);
+      unit = origin + threadIdx.x % kUnits * kPerUnit * a.source_inner;
+      channel = next;
+      return;
+    }
+    item += gridDim.x;
+    find(a);
+  }
+  __device__ __forceinline__ bool row_inside(const RingGemmArgs& a, int reach) const {
+    return (unsigned)(d0 + RG_LOW_D + (reach >> 16)) < (unsigned)a.source_d &&
+           (unsigned)(h0 + RG_LOW_H + (reach & 0xffff)) < (unsigned)a.source_h;
+  }
+  __device__ __forceinline__ bool channel_exists(int c) const {
+    return RG_K % (kUnits * kPerUnit) == 0 || channel + c < RG_K;
+  }
+};
+
+// The i-th 16 bytes of a thread's piece; neighbouring threads lie side by side.
+__device__ __forceinline__ uint4* landing(uint4* raw, int slot, int i, int thread) {
+  return raw + (slot * 4 + i) * kLoaders + thread;
+}
+// And a word with it, for vector pieces: where the row begins in the tile << 16 | source column of the first element,
+// relative to the staged span, + 4; all ones: no piece.
+__device__ __forceinline__ unsigned* landing_place(uint4* raw, int slot, int thread) {
+  return reinterpret_cast<unsigned*>(raw + kSlots * 4 * kLoaders) + slot * kLoaders + thread;
+}
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
+  const int bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes),
+                 "n"(kBytes)
+                 : "memory");
+}
+
+// To nearest, ties away, as to_tf32: half a unit of the tenth mantissa bit is added and the tensor core drops the bits
+// below. cvt.rna costs four instructions a value, this two; infinities and NaN are left as they are.
+__device__ __forceinline__ unsigned nearest(unsigned x) {
+#if TCONV_DTYPE_f32
+  asm("{ .reg .pred finite; .reg .f32 size; abs.f32 size, %1; setp.lt.f32 finite, size, 0f7f800000;\n"
+      "@finite add.u32 %0, %0, 0x1000; }"
+      : "+r"(x)
+      : "f"(__uint_as_float(x)));
+#endif
+  return x;
+}
+__device__ __forceinline__ uint4 rounded(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return make_uint4(nearest(x), nearest(y), nearest(z), nearest(w));
+}
+
+#if TCONV_CHANNELS_LAST
+
+// A piece is up to 4 neighbouring units of one position, so that it is located once; lanes hold neighbouring pieces.
+constexpr int kAside = kUnits < 4 ? kUnits : 4;  // units of a position
+constexpr int kApart = 4 / kAside;               // positions, one warp apart
+constexpr int kLanesAside = kUnits / kAside;
+constexpr int kPieces = ((kPositions * kLanesAside + 31) / 32 + kApart - 1) / kApart * 32;
+
+__device__ __forceinline__ int position_of(int piece, int i) {
+  return ((piece / 32 * kApart + i) * 32 + piece % 32) / kLanesAside;
+}
+
+// Where the piece's i-th position lies in the source; false where it is outside.
+__device__ __forceinline__ bool find_position(const RingGemmArgs& a, const Cursor& at, const StagedRow* rows, int p,
+                                              const storage_t*& from) {
+  const int j = p % RG_JW, plane = p / (RG_JW * kRows);
+  const StagedRow row = rows[p / RG_JW % kRows];
+  const int w = rg_planes_w[RG_NPW == 1 || plane >= RG_NPW ? 0 : plane] + j * RG_SRC_W;
+  from = at.origin + row.offset + w * a.source_inner;
+  return at.valid && p < kPositions &&
+         (at.interior || (at.row_inside(a, row.reach) && (unsigned)(at.w0 + w) < (unsigned)a.source_w));
+}
+
+template <bool kVector>
+__device__ __forceinline__ void load_piece(uint4* raw, int k, const RingGemmArgs& a, const Cursor& at,
+                                           const StagedRow* rows, int piece, int thread) {
+  const int u0 = piece % kLanesAside * kAside;
+#pragma unroll
+  for (int i = 0; i < kApart; ++i) {
+    const storage_t* from;
+    const bool inside = find_position(a, at, rows, position_of(piece, i), from);
+    from += u0 * kPerUnit;
+#pragma unroll
+    for (int u = 0; u < kAside; ++u) {
+      uint4* to = landing(raw, k, i * kAside + u, thread);
+      if (kVector) {
+        const bool valid = inside && at.channel_exists((u0 + u) * kPerUnit);
+        copy_async<16>(to, valid ? from + u * kPerUnit : a.source, valid);
+      } else {
+        storage_t* element = reinterpret_cast<storage_t*>(to);
+#pragma unroll
+        for (int e = 0; e < kPerUnit; ++e)
+          element[e] = inside && at.channel_exists((u0 + u) * kPerUnit + e) ? from[u * kPerUnit + e] : storage_t();
+      }
+    }
+  }
+}
+
+template <bool kVector>
+__device__ __forceinline__ void store_piece(uint4* raw, int k, const RingGemmArgs&, const Cursor&,
+                                            int piece, int thread, uint4* tile) {
+  const int u0 = piece % kLanesAside * kAside;
+#pragma unroll
+  for (int i = 0; i < kApart; ++i) {
+    const int p = position_of(piece, i);
+    if (p >= kPositions) break;
+#pragma unroll
+    for (int u = 0; u < kAside; ++u) {
+      const uint4 four = *landing(raw, k, i * kAside + u, thread);
+      tile[(u0 + u) * kPlane + p] = rounded(four.x, four.y, four.z, four.w);
+    }
+  }
+}
+
+// 16-bit units need no rounding: copied to where they belong. A stage is handed over once kLag later ones are under way.
+__device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const StagedRow* rows, uint4* tiles, Barrier* full,
+                                           Barrier* empty, int thread) {
+  constexpr int kLag = RG_STAGES > 3 ? 2 : RG_STAGES - 2;
+  Cursor now;
+  now.item = blockIdx.x;
+  now.find(a);
+  RingPlace<RG_STAGES> at, behind;
+  int filled = 0;
+  auto hand_over = [&]() {
+    fence_shared_for_wgmma();
+    barrier_arrive(full + behind.stage);
+    behind.advance();
+  };
+  for (; now.valid; now.advance(a, 1)) {
+    barrier_wait(empty + at.stage, at.parity ^ 1);
+    uint4* tile = tiles + at.stage * kStageUnits;
+#pragma unroll 2
+    for (int piece = thread; piece < kPieces; piece += kLoaders) {
+      const int u0 = piece % kLanesAside * kAside;
+#pragma unroll
+      for (int i = 0; i < kApart; ++i) {
+        const int p = position_of(piece, i);
+        if (p >= kPositions) break;
+        const storage_t* from;
+        const bool inside = find_position(a, now, rows, p, from);
+#pragma unroll
+        for (int u = u0; u < u0 + kAside; ++u) {
+          const bool valid = inside && now.channel_exists(u * kPerUnit);
+          copy_async<16>(tile + u * kPlane + p, valid ? from + u * kPerUnit : a.source, valid);
+        }
+      }
+    }
+    copy_async_commit();
+    at.advance();
+    if (++filled > kLag) {
+      copy_async_wait<kLag>();
+      hand_over();
+    }
+  }
+  copy_async_wait<0>();
+  for (int left = min(filled, kLag); left > 0; --left) hand_over();
+}
+
+#else  // contiguous
+
+// Vector pieces: one unit of channels at 4 neighbouring source columns that start on a 4-element boundary.
+constexpr int kSpanChunks = (RG_SPAN + 3 + 3) / 4;  // of a row, wherever it starts
+constexpr int kVectorPieces = kRows * kSpanChunks * kUnits;
+
+__device__ __forceinline__ void load_vector(uint4* raw, int k, const RingGemmArgs& a, const Cursor& at,
+                                            const StagedRow* rows, int piece, int thread) {
+  const int x = piece / kUnits % kSpanChunks, row_index = piece / (kUnits * kSpanChunks);
+  const bool exists = piece < kVectorPieces;
+  const StagedRow row = rows[exists ? row_index : 0];
+  const storage_t* from = at.unit + (row.offset + RG_SPAN_BEGIN + 4 * x);
+  const int early = static_cast<int>(reinterpret_cast<unsigned long long>(from) / sizeof(storage_t)) & 3;
+  const int first = 4 * x - early;
+  *landing_place(raw, k, thread) = exists ? row_index * RG_JW << 16 | (first + 4) : ~0u;
+  from -= early;
+  // At the ends of the tensor a vector may reach outside it, within its own 16 bytes; what it reads there is dropped.
+  const int w = at.w0 + RG_SPAN_BEGIN + first;
+  const bool inside = at.valid && exists &&
+                      (at.interior || (at.row_inside(a, row.reach) && w + 3 >= 0 && w < a.source_w));
+#pragma unroll
+  for (int c = 0; c < kPerUnit; ++c) {
+    const bool valid = inside && at.channel_exists(piece % kUnits * kPerUnit + c);
+    constexpr int kBytes = 64 / kPerUnit;
+    copy_async<kBytes>(reinterpret_cast<char*>(landing(raw, k, c * kBytes / 16, thread)) + c * kBytes % 16,
+                       valid ? from : a.source, valid);
+    from += a.source_inner;
+  }
+}
+
+template <bool kInterior>
+__device__ __forceinline__ void store_vector(unsigned place, const unsigned (&raw)[16], const RingGemmArgs& a,
+                                             const Cursor& at, int piece, uint4* tile) {
+  if (place == ~0u) return;
+  const int first = static_cast<int>(place & 0xffff) - 4;
+  uint4* to = tile + piece % kUnits * kPlane + (place >> 16);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int rel = first + i;
+    uint4 unit = make_uint4(0, 0, 0, 0);
+    if (kInterior || (unsigned)(at.w0 + RG_SPAN_BEGIN + rel) < (unsigned)a.source_w) {
+#if TCONV_DTYPE_f32
+      unit = rounded(raw[i], raw[4 + i], raw[8 + i], raw[12 + i]);
+#else
+      const unsigned select = i % 2 ? 0x7632 : 0x5410;  // the high or the low halves
+      unit = make_uint4(__byte_perm(raw[i / 2], raw[2 + i / 2], select),
+                        __byte_perm(raw[4 + i / 2], raw[6 + i / 2], select),
+                        __byte_perm(raw[8 + i / 2], raw[10 + i / 2], select),
+                        __byte_perm(raw[12 + i / 2], raw[14 + i / 2], select));
+#endif
+    }
+    if (RG_SRC_W == 1 && RG_NPW == 1) {
+      if ((unsigned)rel < (unsigned)RG_JW) (to + first)[i] = unit;
+    } else {
+#pragma unroll
+      for (int plane = 0; plane < RG_NPW; ++plane) {
+        const int past = rel - (rg_planes_w[plane] - RG_SPAN_BEGIN);
+        if (past >= 0 && past % RG_SRC_W == 0 && past / RG_SRC_W < RG_JW)
+          to[plane * (kRows * RG_JW) + past / RG_SRC_W] = unit;
+      }
+    }
+  }
+}
+
+// Gathered pieces, for planes of odd sizes: one unit of channels at kApart positions, one warp apart.
+constexpr int kApart = 4;
+constexpr int kPieces = ((kPositions + 31) / 32 + kApart - 1) / kApart * 32 * kUnits;
+
+__device__ __forceinline__ int position_of(int piece, int i) {
+  return (piece / (32 * kUnits) * kApart + i) * 32 + piece % 32;
+}
+
+__device__ __forceinline__ void load_gathered(uint4* raw, int k, const RingGemmArgs& a, const Cursor& at,
+                                              const StagedRow* rows, int piece, int thread) {
+  const int u = piece / 32 % kUnits;
+#pragma unroll
+  for (int i = 0; i < kApart; ++i) {
+    const int p = position_of(piece, i), j = p % RG_JW, plane = p / (RG_JW * kRows);
+    const StagedRow row = rows[p / RG_JW % kRows];
+    const int w = rg_planes_w[RG_NPW == 1 || plane >= RG_NPW ? 0 : plane] + j * RG_SRC_W;
+    const bool inside = at.valid && p < kPositions &&
+                        (at.interior ||
+                         (at.row_inside(a, row.reach) && (unsigned)(at.w0 + w) < (unsigned)a.source_w));
+    const storage_t* from = at.origin + row.offset + w + u * kPerUnit * a.source_inner;
+    storage_t* to = reinterpret_cast<storage_t*>(landing(raw, k, i * kPerUnit * sizeof(storage_t) / 16, thread));
+#pragma unroll
+    for (int c = 0; c < kPerUnit; ++c) {
+      const bool valid = inside && at.channel_exists(u * kPerUnit + c);
+#if TCONV_DTYPE_f32
+      copy_async<4>(to + c, valid ? from : a.source, valid);
+#else
+      to[c] = valid ? *from : storage_t();
+#endif
+      from += a.source_inner;
+    }
+  }
+}
+
+__device__ __forceinline__ void store_gathered(const unsigned (&raw)[16], int piece, uint4* tile) {
+  uint4* to = tile + piece / 32 % kUnits * kPlane;
+#pragma unroll
+  for (int i = 0; i < kApart; ++i) {
+    const int p = position_of(piece, i);
+    if (p >= kPositions) break;
+    to[p] = rounded(raw[4 * i], raw[4 * i + 1], raw[4 * i + 2], raw[4 * i + 3]);
+  }
+}
+
+template <bool kVector>
+__device__ __forceinline__ void load_piece(uint4* raw, int k, const RingGemmArgs& a, const Cursor& at,
+                                           const StagedRow* rows, int piece, int thread) {
+  if (kVector)
+    load_vector(raw, k, a, at, rows, piece, thread);
+  else
+    load_gathered(raw, k, a, at, rows, piece, thread);
+}
+
+template <bool kVector>
+__device__ __forceinline__ void store_piece(uint4* landed, int k, const RingGemmArgs& a,
+                                            const Cursor& at, int piece, int thread, uint4* tile) {
+  unsigned raw[16];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint4 four = *landing(landed, k, i, thread);
+    raw[4 * i] = four.x, raw[4 * i + 1] = four.y, raw[4 * i + 2] = four.z, raw[4 * i + 3] = four.w;
+  }
+  if (!kVector)
+    store_gathered(raw, piece, tile);
+  else if (at.interior)
+    store_vector<true>(*landing_place(landed, k, thread), raw, a, at, piece, tile);
+  else
+    store_vector<false>(*landing_place(landed, k, thread), raw, a, at, piece, tile);
+}
+
+#endif
+
+template <bool kVector>
+__device__ __forceinline__ void load_tiles(const RingGemmArgs& a, const StagedRow* rows, uint4* raw, uint4* tiles,
+                                           Barrier* full, Barrier* empty, int thread) {
+#if TCONV_CHANNELS_LAST
+  constexpr int kCount = kPieces;
+#else
+  constexpr int kCount = kVector ? kVectorPieces : kPieces;
+#endif
+  constexpr int kRound = kSlots * kLoaders, kRounds = (kCount + kRound - 1) / kRound;
+  Cursor ahead;
+  ahead.item = blockIdx.x;
+  ahead.find(a);
+  Cursor now = ahead;
+  RingPlace<RG_STAGES> at;
+#pragma unroll 1
+  for (int k = 0; k < kSlots; ++k) {
+    load_piece<kVector>(raw, k, a, ahead, rows, k * kLoaders + thread, thread);
+    copy_async_commit();
+  }
+  if (ahead.valid) ahead.advance(a, kRounds);
+  while (now.valid) {
+    if (now.round == 0) barrier_wait(empty + at.stage, at.parity ^ 1);
+    uint4* tile = tiles + at.stage * kStageUnits;
+#pragma unroll 1
+    for (int k = 0; k < kSlots; ++k) {
+      const int piece = k * kLoaders + thread;
+      copy_async_wait<kSlots - 1>();  // the oldest piece has landed
+      store_piece<kVector>(raw, k, a, now, now.round * kRound + piece, thread, tile);
+      load_piece<kVector>(raw, k, a, ahead, rows, ahead.round * kRound + piece, thread);
+      copy_async_commit();
+    }
+    if (now.round == kRounds - 1) {
+      fence_shared_for_wgmma();
+      barrier_arrive(full + at.stage);
+      at.advance();
+    }
+    if (ahead.valid) ahead.advance(a, kRounds);
+    now.advance(a, kRounds);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------- 3 multiply
+
+// Row of a product -> (channel, width phase). With two phases both are in one thread (rows r and r + 8).
+__device__ __forceinline__ void store_sums(float* stage, const float (&sum)[kSums], int warp, int quad, int quarter) {
+#pragma unroll
+  for (int n8 = 0; n8 < RG_N / 8; ++n8) {
+    const int at = n8 * 4, position = n8 * 8 + quarter * 2;
+#if !TCONV_CHANNELS_LAST && RG_NUM_LIVE == 1 && RG_PW == 1
+    float2* to = reinterpret_cast<float2*>(stage + (warp * 16 + quad) * RG_STAGE_PITCH + position);
+    to[0] = make_float2(sum[at], sum[at + 1]);
+    to[4 * RG_STAGE_PITCH] = make_float2(sum[at + 2], sum[at + 3]);
+#elif !TCONV_CHANNELS_LAST && RG_NUM_LIVE == 2 && RG_PW == 2
+    *reinterpret_cast<float4*>(stage + (warp * 8 + quad) * RG_STAGE_PITCH + position * 2) =
+        make_float4(sum[at], sum[at + 2], sum[at + 1], sum[at + 3]);
+#else
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp * 16 + quad + half * 8;
+      const int channel = RG_ROW_CHANNEL(row), phase = rg_live[RG_ROW_LIVE(row)];
+      if (channel >= RG_CHANNELS) continue;
+#if TCONV_CHANNELS_LAST
+      stage[(position * RG_PW + phase) * RG_STAGE_PITCH + channel] = sum[at + half * 2];
+      stage[((position + 1) * RG_PW + phase) * RG_STAGE_PITCH + channel] = sum[at + half * 2 + 1];
+#else
+      stage[channel * RG_STAGE_PITCH + position * RG_PW + phase] = sum[at + half * 2];
+      stage[channel * RG_STAGE_PITCH + (position + 1) * RG_PW + phase] = sum[at + half * 2 + 1];
+#endif
+    }
+#endif
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ 4 epilogue, 5 store
+
+// One warpgroup's run of one pass; without taps the stage is not read.
+template <bool kTaps>
+__device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& item, int pass, int warpgroup,
+                                          const float* stage, int thread) {
+  const int phase_d = rg_pass[3 * pass], phase_h = rg_pass[3 * pass + 1], phase_w = rg_pass[3 * pass + 2];
+  const int od = item.q_d * RG_OUT_D + phase_d;
+  if (od >= a.result_d) return;
+  const int q_h = item.q_h + warpgroup * RG_GROUP_ROWS, q_w = item.q_w + warpgroup * RG_GROUP_COLUMNS;
+  const int n_first = item.row_block * RG_CHANNELS;
+  constexpr int kPoints = RG_N * RG_PW;
+#if TCONV_CHANNELS_LAST
+  // Lanes along the channels, 16 bytes of results each; a thread keeps its channels while the positions go by.
+  constexpr int kWide = 16 / sizeof(output_t);
+  constexpr int kAcross = (RG_CHANNELS + kWide - 1) / kWide;
+  constexpr int kLanes = kAcross > 8 ? 16 : kAcross > 4 ? 8 : kAcross > 2 ? 4 : kAcross > 1 ? 2 : 1;
+  const int column = thread % kLanes * kWide, n = n_first + column, channel = item.group * RG_N_CHANNELS + n;
+  const int count = min(kWide, min(RG_CHANNELS - column, RG_N_CHANNELS - n));
+  if (count <= 0) return;
+  const bool whole = count == kWide && a.wide_stores;
+  float bias[kWide];
+#pragma unroll
+  for (int e = 0; e < kWide; ++e) bias[e] = e < count ? tconv_bias(a.bias, channel + e) : 0.f;
+  const long long first =
+      item.b * a.result_image + od * a.result_slab + (long long)q_h * RG_OUT_H * a.result_row + channel;
+#pragma unroll 2
+  for (int point = thread / kLanes; point < kPoints; point += kStorers / kLanes) {
+    const int p = point / RG_PW, col = p % RG_JW, row = p / RG_JW, within = phase_w + point % RG_PW;
+    const int oh = row * RG_OUT_H + phase_h, ow = (q_w + col) * RG_OUT_W + within;
+    if (row >= RG_TH || col >= RG_TW || (RG_PW != RG_OUT_W && within >= RG_OUT_W) ||
+        q_h * RG_OUT_H + oh >= a.result_h || ow >= a.result_w)
+      continue;
+    const long long element = first + oh * a.result_row + ow * a.result_inner;
+    const float4* from = reinterpret_cast<const float4*>(stage + point * RG_STAGE_PITCH + column);
+    Pack<output_t, kWide> results;
+#pragma unroll
+    for (int e4 = 0; e4 < kWide / 4; ++e4) {
+      const float4 four = kTaps ? from[e4] : make_float4(0.f, 0.f, 0.f, 0.f);
+      const float x[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int e = 4 * e4; e < 4 * e4 + 4; ++e)
+        results.item[e] =
+            e < count ? narrow<output_t>(tconv_epilogue<float>(x[e % 4] + bias[e], channel + e, element + e, a.operands))
+                      : output_t();
+    }
+    if (whole) {
+      *reinterpret_cast<Pack<output_t, kWide>*>(a.result + element) = results;
+    } else {
+#pragma unroll
+      for (int e = 0; e < kWide; ++e)
+        if (e < count) a.result[element + e] = results.item[e];
+    }
+  }
+#else
+  // A lane keeps its positions while the warp walks the channels, so where a result goes is worked out once per
+  // position, and a channel costs one shared load, one add, one address and one store per 32 results.
+  const int warp = thread / 32, lane = thread % 32;
+  constexpr int kPerLane = sizeof(output_t) == 2 ? 2 : 1;
+  constexpr int kSpan = 32 * kPerLane;
+  constexpr int kMost = 8 / kPerLane;
+  constexpr int kKept = (kPoints + kSpan - 1) / kSpan < kMost ? (kPoints + kSpan - 1) / kSpan : kMost;
+  constexpr int kTurns = (kPoints + kKept * kSpan - 1) / (kKept * kSpan);
+#pragma unroll(kTurns <= 2 ? kTurns : 1)
+  for (int x0 = 0; x0 < kPoints; x0 += kKept * kSpan) {
+    unsigned to[kKept][kPerLane];  // offset in the plane
+    bool stored[kKept][kPerLane];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i)
+#pragma unroll
+      for (int e = 0; e < kPerLane; ++e) {
+        const int x = x0 + i * kSpan + lane * kPerLane + e;
+        const int p = x / RG_PW, col = p % RG_JW, row = p / RG_JW, within = phase_w + x % RG_PW;
+        const int oh = (q_h + row) * RG_OUT_H + phase_h, ow = (q_w + col) * RG_OUT_W + within;
+        stored[i][e] = x < kPoints && row < RG_TH && col < RG_TW && oh < a.result_h && ow < a.result_w &&
+                       (RG_PW == RG_OUT_W || within < RG_OUT_W);
+        to[i][e] = stored[i][e] ? oh * static_cast<unsigned>(a.result_row) + ow : 0u;
+      }
+    const int last = min(RG_CHANNELS, RG_N_CHANNELS - n_first);
+    int channel = item.group * RG_N_CHANNELS + n_first + warp;
+    long long first = item.b * a.result_image + od * a.result_slab + channel * a.result_inner;
+    const float* from = stage + warp * RG_STAGE_PITCH + x0 + lane * kPerLane;
+#pragma unroll 1
+    for (int column = warp; column < last; column += kStorers / 32) {
+      const float bias = tconv_bias(a.bias, channel);
+      output_t* const result = a.result + first;
+      float x[kKept][kPerLane];
+#pragma unroll
+      for (int i = 0; i < kKept; ++i)
+        if (kTurns > 2 || x0 + i * kSpan < kPoints)
+#pragma unroll
+          for (int e = 0; e < kPerLane; ++e) x[i][e] = kTaps ? from[i * kSpan + e] : 0.f;
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        if (kTurns <= 2 && x0 + i * kSpan >= kPoints) continue;
+        output_t value[kPerLane];
+#pragma unroll
+        for (int e = 0; e < kPerLane; ++e)
+          value[e] = narrow<output_t>(tconv_epilogue<float>(x[i][e] + bias, channel, first + to[i][e], a.operands));
+#if RG_WIDE_PAIRS
+        // 16-bit: neighbours of a row leave as one word where the row allows it.
+        if (a.wide_stores && stored[i][0] && stored[i][kPerLane - 1] && to[i][kPerLane - 1] == to[i][0] + 1 &&
+            to[i][0] % 2 == 0) {
+          *reinterpret_cast<unsigned*>(result + to[i][0]) = pack_words(value[0], value[kPerLane - 1]);
+          continue;
+        }
+#endif
+#pragma unroll
+        for (int e = 0; e < kPerLane; ++e)
+          if (stored[i][e]) result[to[i][e]] = value[e];
+      }
+      channel += kStorers / 32;
+      first += kStorers / 32 * a.result_inner;
+      from += kStorers / 32 * RG_STAGE_PITCH;
+    }
+  }
+#endif
+}
+
+// --------------------------------------------------------------------------------------------------------- the block
+
+__device__ __forceinline__ void loaders_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kLoaders) : "memory"); }
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGemmArgs a) {
+  extern __shared__ __align__(128) uint4 shared[];
+  __shared__ Barrier full[RG_STAGES], empty[RG_STAGES];                          // positions
+  __shared__ Barrier weights_full[RG_WEIGHT_STAGES], weights_empty[RG_WEIGHT_STAGES];
+  __shared__ Barrier sums_full[2], sums_empty[2];
+  __shared__ StagedRow staged_rows[kRows];
+  uint4* const tiles = shared;
+  unsigned* const weights = reinterpret_cast<unsigned*>(shared + RG_STAGES * kStageUnits);
+  float* const sums =
+      reinterpret_cast<float*>(weights + RG_WEIGHT_STAGES * RG_ENTRIES_PER_STAGE * kEntryWords);
+  uint4* const raw = reinterpret_cast<uint4*>(sums + 2 * RG_SUM_WORDS);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < RG_STAGES; ++s) {
+      barrier_init(full + s, kLoaders);
+      barrier_init(empty + s, 2);
+    }
+    for (int s = 0; s < RG_WEIGHT_STAGES; ++s) {
+      barrier_init(weights_full + s, 1);
+      barrier_init(weights_empty + s, 2);
+    }
+    for (int w = 0; w < 2; ++w) {
+      barrier_init(sums_full + w, 128);
+      barrier_init(sums_empty + w, 128);
+    }
+    barrier_init_done();
+  }
+  // Phases without taps hold zero, and nothing else writes them.
+  if (RG_NUM_LIVE < RG_PW)
+    for (int i = threadIdx.x; i < 2 * RG_SUM_WORDS; i += kThreads) sums[i] = 0.f;
+  __syncthreads();
+
+  if (warp < 8) {  // multiply
+    const int warpgroup = warp / 4, quad = lane / 4, quarter = lane % 4;
+    const bool leader = threadIdx.x % 128 == 0;
+    float* const stage = sums + warpgroup * RG_SUM_WORDS;
+    RingPlace<RG_STAGES> at;
+    RingPlace<RG_WEIGHT_STAGES> rows_at;
+    unsigned sums_parity = 0;
+    for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
+      const Item item = locate(a, index);
+      int last_pass = -1;
+      for (int pass = item.pass_begin; pass < item.pass_end; ++pass)
+        if (rg_entry_begin[pass] < rg_entry_begin[pass + 1]) last_pass = pass;
+      bool first_pass = true;
+      RingPlace<RG_STAGES> item_at = at;
+      for (int pass = item.pass_begin; pass <= last_pass; ++pass) {
+        const int entry_begin = rg_entry_begin[pass], entry_end = rg_entry_begin[pass + 1];
+        if (entry_begin == entry_end) continue;
+        float sum[kSums];
+        int accumulate = 0;
+        int rows_behind = -1, tile_behind = -1;  // stages that the products under way read last
+        if (RG_RESIDENT) at = item_at;
+        for (int chunk = 0; chunk < RG_CHUNKS; ++chunk) {
+          if (!RG_RESIDENT || first_pass) barrier_wait(full + at.stage, at.parity);
+          const uint4* tile = tiles + at.stage * kStageUnits + warpgroup * (RG_GROUP_ROWS * RG_JW + RG_GROUP_COLUMNS);
+          for (int entry = entry_begin; entry < entry_end; entry += RG_ENTRIES_PER_STAGE) {
+            barrier_wait(weights_full + rows_at.stage, rows_at.parity);
+            const unsigned* rows = weights + rows_at.stage * (RG_ENTRIES_PER_STAGE * kEntryWords);
+            wgmma_fence();
+#pragma unroll
+            for (int e = 0; e < RG_ENTRIES_PER_STAGE; ++e) {
+              if (entry + e < entry_end) {
+                const uint4* first = tile + rg_entry_word[entry + e];
+#pragma unroll
+                for (int step = 0; step < kSteps; ++step) {
+#ifndef V_NOMMA
+                  wgmma_shared(sum, columns_descriptor(rows + e * kEntryWords + step * 512, 1024),
+                               columns_descriptor(first + step * 2 * kPlane, kPlane * 16), accumulate);
+#endif
+                  accumulate = 1;
+                }
+              }
+            }
+            wgmma_commit();
+            wgmma_wait<1>();  // the products before these have left their stages
+            if (leader && rows_behind >= 0) barrier_arrive(weights_empty + rows_behind);
+            if (leader && tile_behind >= 0) barrier_arrive(empty + tile_behind);
+            tile_behind = -1;
+            rows_behind = rows_at.stage;
+            rows_at.advance();
+          }
+          if (!RG_RESIDENT || pass == last_pass) tile_behind = at.stage;
+          at.advance();
+        }
+        first_pass = false;
+        wgmma_wait<0>();
+        if (leader) {
+          barrier_arrive(weights_empty + rows_behind);
+          if (tile_behind >= 0) barrier_arrive(empty + tile_behind);
+        }
+        barrier_wait(sums_empty + warpgroup, sums_parity ^ 1);
+#ifndef V_NODUMP
+        store_sums(stage, sum, warp % 4, quad, quarter);
+#else
+        if (sum[0] == 1.2345f && sum[31] == 7.f) stage[0] = sum[5];
+#endif
+        barrier_arrive(sums_full + warpgroup);
+        sums_parity ^= 1;
+      }
+    }
+  } else if (warp < 11) {  // load
+    const int thread = threadIdx.x - 256;
+    for (int row = thread; row < kRows; row += kLoaders) staged_rows[row] = staged_row(a, row);
+    loaders_barrier();
+#if TCONV_CHANNELS_LAST && !TCONV_DTYPE_f32
+    if (RG_VECTOR && a.vector_loads)
+      copy_tiles(a, staged_rows, tiles, full, empty, thread);
+#else
+    if (RG_VECTOR && a.vector_loads)
+      load_tiles<true>(a, staged_rows, raw, tiles, full, empty, thread);
+#endif
+    else
+      load_tiles<false>(a, staged_rows, raw, tiles, full, empty, thread);
+  } else if (warp >= 12) {  // store
+    unsigned parity = 0;
+    for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
+      const Item item = locate(a, index);
+      for (int pass = item.pass_begin; pass < item.pass_end; ++pass) {
+        const bool taps = rg_entry_begin[pass] < rg_entry_begin[pass + 1];
+        for (int warpgroup = RG_STORE_GROUPS == 2 ? warp / 4 - 3 : 0; warpgroup < 2; warpgroup += RG_STORE_GROUPS) {
+          if (taps) barrier_wait(sums_full + warpgroup, parity);
+#ifndef V_NOSTORE
+          if (taps)
+            store_run<true>(a, item, pass, warpgroup, sums + warpgroup * RG_SUM_WORDS, threadIdx.x % 128);
+          else
+            store_run<false>(a, item, pass, warpgroup, nullptr, threadIdx.x % 128);
+#endif
+          if (taps) barrier_arrive(sums_empty + warpgroup);
+        }
+        if (taps) parity ^= 1;
+      }
+    }
+  } else if (lane == 0) {  // weights
+    RingPlace<RG_WEIGHT_STAGES> at;
+    for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
+      const Item item = locate(a, index);
+      const unsigned* rows = a.weights + (long long)(item.group * RG_ROW_BLOCKS + item.row_block) *
+                                             (RG_NUM_ENTRIES * RG_CHUNKS * kEntryWords);
+      for (int pass = item.pass_begin; pass < item.pass_end; ++pass) {
+        const int entry_begin = rg_entry_begin[pass], count = rg_entry_begin[pass + 1] - entry_begin;
+        for (int chunk = 0; chunk < RG_CHUNKS; ++chunk)
+          for (int entry = 0; entry < count; entry += RG_ENTRIES_PER_STAGE) {
+            const int entries = min(RG_ENTRIES_PER_STAGE, count - entry);
+            barrier_wait(weights_empty + at.stage, at.parity ^ 1);
+            barrier_expect(weights_full + at.stage, entries * kEntryWords * 4);
+            copy_bulk(weights + at.stage * (RG_ENTRIES_PER_STAGE * kEntryWords),
+                      rows + (long long)(entry_begin * RG_CHUNKS + chunk * count + entry) * kEntryWords,
+                      entries * kEntryWords * 4, weights_full + at.stage);
+            at.advance();
+          }
+      }
+    }
+  }
+}
