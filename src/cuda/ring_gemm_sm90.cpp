@@ -2,7 +2,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <map>
 #include <sstream>
@@ -17,20 +16,19 @@ namespace {
 using std::int64_t;
 
 // block_m 64 rows times the neighbouring results of a row that are folded into them (few channels would leave rows
-// empty), block_n positions a warpgroup at most, block_k words per chunk, warps 16 or 20 (four more that store), split 1:
-// every phase pair an item of its own.
-#define SPLITS(m, n, k, w) {m, n, k, 0, w, 0}, {m, n, k, 0, w, 1}
-#define CHUNKS(m, n, w) SPLITS(m, n, 8, w), SPLITS(m, n, 16, w), SPLITS(m, n, 32, w)
-constexpr Config kConfigs[] = {CHUNKS(64, 184, 16),  CHUNKS(64, 128, 16),  CHUNKS(64, 64, 16),   CHUNKS(64, 32, 16),
-                               CHUNKS(64, 128, 20),  CHUNKS(64, 64, 20),   CHUNKS(128, 184, 16), CHUNKS(128, 128, 20),
-                               CHUNKS(256, 184, 16), CHUNKS(256, 128, 20), CHUNKS(512, 128, 20), CHUNKS(512, 64, 20)};
+// empty), block_n positions a warpgroup at most, block_k words per chunk, stages: warps that load, warps: all; what is
+// left of them stores. split 1: every phase pair an item of its own.
+#define SPLITS(m, n, k, s, w) {m, n, k, s, w, 0}, {m, n, k, s, w, 1}
+#define CHUNKS(m, n, s, w) SPLITS(m, n, 8, s, w), SPLITS(m, n, 16, s, w), SPLITS(m, n, 32, s, w)
+constexpr Config kConfigs[] = {CHUNKS(64, 184, 3, 16), CHUNKS(64, 128, 7, 20),  CHUNKS(64, 128, 3, 20),
+                               CHUNKS(64, 64, 7, 20),  CHUNKS(64, 64, 3, 20),   CHUNKS(64, 32, 7, 20),
+                               CHUNKS(128, 184, 3, 16), CHUNKS(128, 128, 7, 20), CHUNKS(256, 184, 3, 16),
+                               CHUNKS(256, 128, 7, 20), CHUNKS(512, 128, 7, 20), CHUNKS(512, 64, 7, 20)};
 #undef CHUNKS
 #undef SPLITS
 
 constexpr int kMaxStagedRows = 512;  // of a tile; their table takes 8 bytes each
 constexpr int kStaticBytes = 256;    // barriers
-constexpr int kMostSlots = 5;         // pieces of 64 bytes on their way to each of the 96 loading threads
-constexpr int kSlotBytes = 96 * 68;   // the last reads of a store run into them: whole turns of 256 positions
 constexpr int kMaxWidthPhases = 16;
 constexpr int kMaxTaps = 4096;        // tables in constant memory
 constexpr int kMaxStages = 4;         // of positions
@@ -194,7 +192,7 @@ struct Cost {
   double multiply = 0, load = 0, store = 0;
   double total() const {
     const double longest = std::max({multiply, load, store});
-    return longest + 0.15 * (multiply + load + store - longest) + 400;
+    return longest + 0.25 * (multiply + load + store - longest) + 400;
   }
 };
 
@@ -206,14 +204,18 @@ Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& con
   cost.multiply = 2 * steps * std::max(g.columns / 2.0, 32.0) / 0.88 + 2 * g.num_entries * share * g.chunks * 12.0;
   const double loads = (g.resident ? 1.0 : std::max(1.0, g.live_passes * share)) * g.chunks;
   const double units = loads * (config.block_k / 4) * g.positions;
-  const double unit = problem.layout == Layout::channels_last ? 0.8 : g.vector ? 0.9 : 2.0;
+  // 16 bytes staged: bound by the copies under way, or by the instructions of the threads that gather word by word.
+  const bool many = config.stages == 7;
+  const bool gathers = problem.layout == Layout::contiguous && (!g.vector || volume(g.forward ? problem.input : output_size(problem)) % 4 != 0);
+  const double unit = !gathers ? (many ? 0.7 : 0.85) : size_of(problem.dtype) == 2 ? (many ? 1.3 : 2.6) : (many ? 0.8 : 1.3);
   cost.load = units * unit;
   double math = 0;
   for (const Op& op : epilogue.ops)
     math += is_norm(op.kind) ? 0 : op.kind == OpKind::gelu || op.kind == OpKind::mish ? 30 : 8;
   const double results = 2.0 * g.th * g.tw * g.channels * g.width_phases * static_cast<double>(g.passes.size()) * share;
   const double bytes = static_cast<double>(size_of(epilogue.output_dtype.value_or(problem.dtype)));
-  cost.store = results * std::max(bytes / 16.0, (9.0 + math) / 32.0 / (config.warps == 20 ? 2.4 : 1.4));
+  const bool wide = config.warps - config.stages == 17;  // eight warps store
+  cost.store = results * std::max(bytes / (wide ? 10.0 : 7.3), (9.0 + math) / 32.0 / (wide ? 4.0 : 2.4));
   return cost;
 }
 
@@ -275,16 +277,19 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
                         t.stage_pitch;
         }
         const int64_t stage_bytes = int64_t{config.block_k / 4} * plane * 16;
-        t.slots = problem.layout == Layout::channels_last && size_of(problem.dtype) == 2 ? 1 : kMostSlots;
-        const int64_t left = limit - 8 * rows - static_cast<int64_t>(weight_bytes) - int64_t{8} * t.sum_words - t.slots * kSlotBytes;
+        // Copies under way: about 20 KiB hide the latency of memory; 16-bit channels_last goes straight to the stages.
+        t.slots = config.stages == 7 || (problem.layout == Layout::channels_last && size_of(problem.dtype) == 2) ? 1 : 2;
+        const int64_t slot_bytes = int64_t{132} * 32 * config.stages;
+        const auto [low_w, high_w] = std::minmax_element(columns.base.begin(), columns.base.end());
+        t.span_begin = *low_w;
+        t.span = *high_w - *low_w + (columns.length - 1) * t.source_step[2] + 1;
+        const int64_t place_bytes = 8 * std::max<int64_t>(positions, rows * ceil_div(t.span + 3, 8));
+        const int64_t left = limit - 4 * rows - static_cast<int64_t>(weight_bytes) - int64_t{8} * t.sum_words - t.slots * slot_bytes - place_bytes - 16;
         if (left < 2 * stage_bytes) continue;
         const int passes_of_item = config.split ? 1 : t.live_passes;
         t.stages = static_cast<int>(std::min<int64_t>(left / stage_bytes, kMaxStages));
         t.resident = passes_of_item > 1 && left / stage_bytes > t.chunks;
         if (t.resident) t.stages = static_cast<int>(std::min<int64_t>(left / stage_bytes, std::max(2 * t.chunks, 2)));
-        const auto [low, high] = std::minmax_element(columns.base.begin(), columns.base.end());
-        t.span_begin = *low;
-        t.span = *high - *low + (columns.length - 1) * t.source_step[2] + 1;
         t.vector = problem.layout == Layout::channels_last ? g.k % (16 / static_cast<int>(size_of(problem.dtype))) == 0
                                                            : t.span <= 2 * static_cast<int>(columns.base.size()) * columns.length;
         const auto [low_d, high_d] = reach_of(t, 0);
@@ -296,7 +301,8 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
         const int64_t farthest = std::max(std::abs(low_d), std::abs(high_d)) * t.source_size[1] + std::max(std::abs(low_h), std::abs(high_h));
         if (farthest * row_elements >= kMostElements) continue;
         t.shared_bytes = static_cast<std::size_t>(t.stages * stage_bytes) + weight_bytes +
-                         8 * static_cast<std::size_t>(t.sum_words) + static_cast<std::size_t>(t.slots) * kSlotBytes;
+                         8 * static_cast<std::size_t>(t.sum_words) +
+                         static_cast<std::size_t>(t.slots * slot_bytes + place_bytes + 16);
         t.tiles[0] = std::max<int64_t>(1, t.lattice[0]);
         t.tiles[1] = std::max<int64_t>(1, ceil_div(t.lattice[1], th * groups_high));
         t.tiles[2] = std::max<int64_t>(1, ceil_div(t.lattice[2], beside ? 2 * tw : tw));
@@ -416,7 +422,8 @@ std::vector<Unit> units(const Step& step) {
   text << layer;
   define("RG_STAGES", g.stages);
   define("RG_SLOTS", g.slots);
-  define("RG_STORE_GROUPS", config.warps == 20 ? 2 : 1);
+  define("RG_LOAD_WARPS", config.stages);
+  define("RG_STORE_GROUPS", (config.warps - 9 - config.stages) / 4);
   define("RG_RESIDENT", g.resident ? 1 : 0);
   define("RG_WEIGHT_STAGES", kWeightStages);
   define("RG_ENTRIES_PER_STAGE", g.entries_per_stage);
@@ -461,7 +468,6 @@ std::vector<Unit> units(const Step& step) {
   define("RG_LIVE", list(g.live));
   define("RG_PASS", list(phase));
   define("RG_ENTRY_WORD", list(word));
-  if (const char* v = std::getenv("RG_VARIANT")) text << "#define V_" << v << " 1\n";
   text << shared_product_text(problem.dtype, g.columns);
   return {{"ring_gemm_sm90.cu", "ring_gemm", text.str(), config.warps * 32, g.shared_bytes},
           {"ring_gemm_pack_sm90.cu", "ring_gemm_pack", pack, 256, 0}};

@@ -2,7 +2,7 @@
 // Computes  result[b, n, o] = epilogue( sum over taps, k of source[b, k, position(o, tap)] * weight[k, n, tap] )
 //           with source, k, n as in phase_gemm_sm80
 // Method    one block per multiprocessor walks over tiles; its warps have roles and meet only at the stages of three rings:
-//             load      3 warps stage positions as 16-byte units of channels, rounded, loads ahead in registers
+//             load      3 or 7 warps stage positions as 16-byte units of channels, rounded, with copies on their way
 //             weights   1 warp copies packed rows by the copy engine
 //             multiply  2 warpgroups, each 64 rows (result channel x width phase) times a run of RG_N positions
 //             store     4 warps take the sums through shared memory, apply the epilogue and write whole lines
@@ -21,10 +21,11 @@ __constant__ int rg_planes_h[] = {RG_PLANES_H};
 __constant__ int rg_planes_w[] = {RG_PLANES_W};
 __constant__ int rg_live[] = {RG_LIVE};  // width phases with taps, in row order
 
-// Warps 0-7 multiply, 8-10 load, 11 copies weights, from 12 on store: four for both warpgroups, or four for each.
-constexpr int kThreads = 384 + 128 * RG_STORE_GROUPS;
-constexpr int kLoaders = 96;
+// Warps 0-7 multiply, the next ones load, one copies weights; the last store: four for both warpgroups, or for each.
+constexpr int kLoaders = 32 * RG_LOAD_WARPS;
 constexpr int kStorers = 128;
+constexpr int kThreads = 256 + kLoaders + 32 + kStorers * RG_STORE_GROUPS;
+constexpr int kWeightWarp = 8 + RG_LOAD_WARPS;
 constexpr int kPerUnit = 16 / sizeof(storage_t);  // channels in 16 bytes
 constexpr int kUnits = RG_KC / 4;                 // planes per chunk; RG_KC counts 4-byte words
 constexpr int kSteps = RG_KC / 8;
@@ -35,7 +36,7 @@ constexpr int kPlane = RG_PLANE;  // positions of a plane, with room for the run
 constexpr int kStageUnits = kUnits * kPlane;
 constexpr int kSums = RG_N / 2;
 constexpr int kEntryWords = RG_KC * 64;  // packed rows of one entry and chunk
-constexpr int kSlots = RG_SLOTS;  // pieces of 64 bytes that a loading thread has under way
+constexpr int kSlots = RG_SLOTS;  // pieces of 128 bytes that a loading thread has under way
 
 struct RingGemmArgs {
   const storage_t* source;
@@ -92,20 +93,38 @@ __device__ __forceinline__ int loads_of(const Item& item) {
 
 // ------------------------------------------------------------------------------------------------------------- 2 load
 
-// A staged row relative to the tile's first position: elements, and depth and height in 16 bits each.
-struct StagedRow {
+// Where a piece begins, relative to the tile's first position: elements; staged row << 16 | source column. Worked out
+// once per block: the divisions took longer than the loads.
+struct Place {
   int offset;
-  int reach;  // (depth - RG_LOW_D) << 16 | (height - RG_LOW_H)
+  unsigned where;
 };
 
-__device__ __forceinline__ StagedRow staged_row(const RingGemmArgs& a, int row) {
+// Depth and height of a staged row, relative to the tile's first position.
+__device__ __forceinline__ void row_at(int row, int& d, int& h) {
   const int d_row = row / kRowsH, h_row = row % kRowsH;
-  const int d = rg_planes_d[d_row / RG_JD] + d_row % RG_JD * RG_SRC_D;
-  const int h = rg_planes_h[h_row / RG_JH] + h_row % RG_JH * RG_SRC_H;
-  return {static_cast<int>(d * a.source_slab + h * a.source_row), (d - RG_LOW_D) << 16 | (h - RG_LOW_H)};
+  d = rg_planes_d[d_row / RG_JD] + d_row % RG_JD * RG_SRC_D;
+  h = rg_planes_h[h_row / RG_JH] + h_row % RG_JH * RG_SRC_H;
+}
+__device__ __forceinline__ int row_offset(const RingGemmArgs& a, int row) {
+  int d, h;
+  row_at(row, d, h);
+  return static_cast<int>(d * a.source_slab + h * a.source_row);
+}
+// (depth - RG_LOW_D) << 16 | (height - RG_LOW_H)
+__device__ __forceinline__ int row_reach(int row) {
+  int d, h;
+  row_at(row, d, h);
+  return (d - RG_LOW_D) << 16 | (h - RG_LOW_H);
+}
+// Of a staged position, for pieces that are located position by position.
+__device__ __forceinline__ Place position_place(const RingGemmArgs& a, int p) {
+  const int row = p / RG_JW % kRows, w = rg_planes_w[p / (RG_JW * kRows)] + p % RG_JW * RG_SRC_W;
+  return {static_cast<int>(row_offset(a, row) + w * (TCONV_CHANNELS_LAST ? a.source_inner : 1)),
+          static_cast<unsigned>(row << 16 | (w - RG_SPAN_BEGIN))};
 }
 
-// kSlots pieces of 64 bytes are on their way per thread, asynchronously to the thread's own place in shared memory, while
+// kSlots pieces of 128 bytes are on their way per thread, asynchronously to the thread's own place in shared memory, while
 // earlier ones are rounded, transposed and stored in the tile; the cursor of the copies runs one round (kSlots pieces)
 // ahead of the cursor of the stores, across stages and items, so the flow never drains. Loads to registers cannot do
 // this: the compiler makes one counter of all of them, and the first use waits for the last (5.3 ms instead of 3.3 on S1).
@@ -161,13 +180,14 @@ struct Cursor {
 
 // The i-th 16 bytes of a thread's piece; neighbouring threads lie side by side.
 __device__ __forceinline__ uint4* landing(uint4* raw, int slot, int i, int thread) {
-  return raw + (slot * 4 + i) * kLoaders + thread;
+  return raw + (slot * 8 + i) * kLoaders + thread;
 }
 // And a word with it, for vector pieces: where the row begins in the tile << 16 | source column of the first element,
 // relative to the staged span, + 4; all ones: no piece.
 __device__ __forceinline__ unsigned* landing_place(uint4* raw, int slot, int thread) {
-  return reinterpret_cast<unsigned*>(raw + kSlots * 4 * kLoaders) + slot * kLoaders + thread;
+  return reinterpret_cast<unsigned*>(raw + kSlots * 8 * kLoaders) + slot * kLoaders + thread;
 }
+// Zeros when not valid; nothing is read then.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   const int bytes = valid ? kBytes : 0;
@@ -197,9 +217,9 @@ __device__ __forceinline__ uint4 rounded(unsigned x, unsigned y, unsigned z, uns
 
 #if TCONV_CHANNELS_LAST
 
-// A piece is up to 4 neighbouring units of one position, so that it is located once; lanes hold neighbouring pieces.
-constexpr int kAside = kUnits < 4 ? kUnits : 4;  // units of a position
-constexpr int kApart = 4 / kAside;               // positions, one warp apart
+// A piece is all units of a position, so that it is located once; lanes hold neighbouring positions.
+constexpr int kAside = kUnits;      // units of a position
+constexpr int kApart = 8 / kAside;  // positions, one warp apart
 constexpr int kLanesAside = kUnits / kAside;
 constexpr int kPieces = ((kPositions * kLanesAside + 31) / 32 + kApart - 1) / kApart * 32;
 
@@ -207,32 +227,31 @@ __device__ __forceinline__ int position_of(int piece, int i) {
   return ((piece / 32 * kApart + i) * 32 + piece % 32) / kLanesAside;
 }
 
-// Where the piece's i-th position lies in the source; false where it is outside.
-__device__ __forceinline__ bool find_position(const RingGemmArgs& a, const Cursor& at, const StagedRow* rows, int p,
-                                              const storage_t*& from) {
-  const int j = p % RG_JW, plane = p / (RG_JW * kRows);
-  const StagedRow row = rows[p / RG_JW % kRows];
-  const int w = rg_planes_w[RG_NPW == 1 || plane >= RG_NPW ? 0 : plane] + j * RG_SRC_W;
-  from = at.origin + row.offset + w * a.source_inner;
+// Where position p lies in the source; false where it is outside.
+__device__ __forceinline__ bool find_position(const RingGemmArgs& a, const Cursor& at, const Place* places,
+                                              const int* reaches, int p, const storage_t*& from) {
+  const Place place = places[p < kPositions ? p : 0];
+  from = at.origin + place.offset;
   return at.valid && p < kPositions &&
-         (at.interior || (at.row_inside(a, row.reach) && (unsigned)(at.w0 + w) < (unsigned)a.source_w));
+         (at.interior || (at.row_inside(a, reaches[place.where >> 16]) &&
+                          (unsigned)(at.w0 + RG_SPAN_BEGIN + (int)(place.where & 0xffff)) < (unsigned)a.source_w));
 }
 
 template <bool kVector>
 __device__ __forceinline__ void load_piece(uint4* raw, int k, const RingGemmArgs& a, const Cursor& at,
-                                           const StagedRow* rows, int piece, int thread) {
+                                           const Place* places, const int* reaches, int piece, int thread) {
   const int u0 = piece % kLanesAside * kAside;
 #pragma unroll
   for (int i = 0; i < kApart; ++i) {
     const storage_t* from;
-    const bool inside = find_position(a, at, rows, position_of(piece, i), from);
+    const bool inside = find_position(a, at, places, reaches, position_of(piece, i), from);
     from += u0 * kPerUnit;
 #pragma unroll
     for (int u = 0; u < kAside; ++u) {
       uint4* to = landing(raw, k, i * kAside + u, thread);
       if (kVector) {
         const bool valid = inside && at.channel_exists((u0 + u) * kPerUnit);
-        copy_async<16>(to, valid ? from + u * kPerUnit : a.source, valid);
+        copy_async<16>(to, from + u * kPerUnit, valid);
       } else {
         storage_t* element = reinterpret_cast<storage_t*>(to);
 #pragma unroll
@@ -260,8 +279,8 @@ __device__ __forceinline__ void store_piece(uint4* raw, int k, const RingGemmArg
 }
 
 // 16-bit units need no rounding: copied to where they belong. A stage is handed over once kLag later ones are under way.
-__device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const StagedRow* rows, uint4* tiles, Barrier* full,
-                                           Barrier* empty, int thread) {
+__device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const Place* places, const int* reaches,
+                                           uint4* tiles, Barrier* full, Barrier* empty, int thread) {
   constexpr int kLag = RG_STAGES > 3 ? 2 : RG_STAGES - 2;
   Cursor now;
   now.item = blockIdx.x;
@@ -269,7 +288,6 @@ __device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const StagedRo
   RingPlace<RG_STAGES> at, behind;
   int filled = 0;
   auto hand_over = [&]() {
-    fence_shared_for_wgmma();
     barrier_arrive(full + behind.stage);
     behind.advance();
   };
@@ -284,11 +302,11 @@ __device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const StagedRo
         const int p = position_of(piece, i);
         if (p >= kPositions) break;
         const storage_t* from;
-        const bool inside = find_position(a, now, rows, p, from);
+        const bool inside = find_position(a, now, places, reaches, p, from);
 #pragma unroll
         for (int u = u0; u < u0 + kAside; ++u) {
           const bool valid = inside && now.channel_exists(u * kPerUnit);
-          copy_async<16>(tile + u * kPlane + p, valid ? from + u * kPerUnit : a.source, valid);
+          copy_async<16>(tile + u * kPlane + p, from + u * kPerUnit, valid);
         }
       }
     }
@@ -305,39 +323,47 @@ __device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const StagedRo
 
 #else  // contiguous
 
-// Vector pieces: one unit of channels at 4 neighbouring source columns that start on a 4-element boundary.
-constexpr int kSpanChunks = (RG_SPAN + 3 + 3) / 4;  // of a row, wherever it starts
+// Vector pieces: one unit of channels at 8 neighbouring source columns that start on a 4-element boundary.
+constexpr int kSpanChunks = (RG_SPAN + 3 + 7) / 8;  // of a row, wherever it starts
 constexpr int kVectorPieces = kRows * kSpanChunks * kUnits;
 
+__device__ __forceinline__ Place vector_place(const RingGemmArgs& a, int index) {
+  const int row = index / kSpanChunks, x = index % kSpanChunks;
+  return {row_offset(a, row) + RG_SPAN_BEGIN + 8 * x, static_cast<unsigned>(row << 16 | 8 * x)};
+}
+
 __device__ __forceinline__ void load_vector(uint4* raw, int k, const RingGemmArgs& a, const Cursor& at,
-                                            const StagedRow* rows, int piece, int thread) {
-  const int x = piece / kUnits % kSpanChunks, row_index = piece / (kUnits * kSpanChunks);
+                                            const Place* places, const int* reaches, int piece, int thread) {
   const bool exists = piece < kVectorPieces;
-  const StagedRow row = rows[exists ? row_index : 0];
-  const storage_t* from = at.unit + (row.offset + RG_SPAN_BEGIN + 4 * x);
+  const Place place = places[exists ? piece / kUnits : 0];
+  const storage_t* from = at.unit + place.offset;
   const int early = static_cast<int>(reinterpret_cast<unsigned long long>(from) / sizeof(storage_t)) & 3;
-  const int first = 4 * x - early;
-  *landing_place(raw, k, thread) = exists ? row_index * RG_JW << 16 | (first + 4) : ~0u;
+  const int first = static_cast<int>(place.where & 0xffff) - early, row = place.where >> 16;
+  *landing_place(raw, k, thread) = exists ? row * RG_JW << 16 | (first + 4) : ~0u;
   from -= early;
   // At the ends of the tensor a vector may reach outside it, within its own 16 bytes; what it reads there is dropped.
-  const int w = at.w0 + RG_SPAN_BEGIN + first;
-  const bool inside = at.valid && exists &&
-                      (at.interior || (at.row_inside(a, row.reach) && w + 3 >= 0 && w < a.source_w));
+  const bool inside = at.valid && exists && (at.interior || at.row_inside(a, reaches[row]));
 #pragma unroll
-  for (int c = 0; c < kPerUnit; ++c) {
-    const bool valid = inside && at.channel_exists(piece % kUnits * kPerUnit + c);
-    constexpr int kBytes = 64 / kPerUnit;
-    copy_async<kBytes>(reinterpret_cast<char*>(landing(raw, k, c * kBytes / 16, thread)) + c * kBytes % 16,
-                       valid ? from : a.source, valid);
-    from += a.source_inner;
+  for (int v = 0; v < 2; ++v) {
+    const int w = at.w0 + RG_SPAN_BEGIN + first + 4 * v;
+    const bool reached = inside && first + 4 * v < RG_SPAN && (at.interior || (w + 3 >= 0 && w < a.source_w));
+    const storage_t* channel = from + 4 * v;
+#pragma unroll
+    for (int c = 0; c < kPerUnit; ++c) {
+      const bool valid = reached && at.channel_exists(piece % kUnits * kPerUnit + c);
+      constexpr int kBytes = 64 / kPerUnit;
+      copy_async<kBytes>(reinterpret_cast<char*>(landing(raw, k, 4 * v + c * kBytes / 16, thread)) + c * kBytes % 16,
+                         channel, valid);
+      channel += a.source_inner;
+    }
   }
 }
 
 template <bool kInterior>
-__device__ __forceinline__ void store_vector(unsigned place, const unsigned (&raw)[16], const RingGemmArgs& a,
+__device__ __forceinline__ void store_vector(unsigned place, int v, const unsigned (&raw)[16], const RingGemmArgs& a,
                                              const Cursor& at, int piece, uint4* tile) {
   if (place == ~0u) return;
-  const int first = static_cast<int>(place & 0xffff) - 4;
+  const int first = static_cast<int>(place & 0xffff) - 4 + 4 * v;
   uint4* to = tile + piece % kUnits * kPlane + (place >> 16);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -376,23 +402,23 @@ __device__ __forceinline__ int position_of(int piece, int i) {
 }
 
 __device__ __forceinline__ void load_gathered(uint4* raw, int k, const RingGemmArgs& a, const Cursor& at,
-                                              const StagedRow* rows, int piece, int thread) {
+                                              const Place* places, const int* reaches, int piece, int thread) {
   const int u = piece / 32 % kUnits;
 #pragma unroll
   for (int i = 0; i < kApart; ++i) {
-    const int p = position_of(piece, i), j = p % RG_JW, plane = p / (RG_JW * kRows);
-    const StagedRow row = rows[p / RG_JW % kRows];
-    const int w = rg_planes_w[RG_NPW == 1 || plane >= RG_NPW ? 0 : plane] + j * RG_SRC_W;
+    const int p = position_of(piece, i);
+    const Place place = places[p < kPositions ? p : 0];
     const bool inside = at.valid && p < kPositions &&
-                        (at.interior ||
-                         (at.row_inside(a, row.reach) && (unsigned)(at.w0 + w) < (unsigned)a.source_w));
-    const storage_t* from = at.origin + row.offset + w + u * kPerUnit * a.source_inner;
+                        (at.interior || (at.row_inside(a, reaches[place.where >> 16]) &&
+                                         (unsigned)(at.w0 + RG_SPAN_BEGIN + (int)(place.where & 0xffff)) <
+                                             (unsigned)a.source_w));
+    const storage_t* from = at.origin + place.offset + u * kPerUnit * a.source_inner;
     storage_t* to = reinterpret_cast<storage_t*>(landing(raw, k, i * kPerUnit * sizeof(storage_t) / 16, thread));
 #pragma unroll
     for (int c = 0; c < kPerUnit; ++c) {
       const bool valid = inside && at.channel_exists(u * kPerUnit + c);
 #if TCONV_DTYPE_f32
-      copy_async<4>(to + c, valid ? from : a.source, valid);
+      copy_async<4>(to + c, from, valid);
 #else
       to[c] = valid ? *from : storage_t();
 #endif
@@ -413,35 +439,43 @@ __device__ __forceinline__ void store_gathered(const unsigned (&raw)[16], int pi
 
 template <bool kVector>
 __device__ __forceinline__ void load_piece(uint4* raw, int k, const RingGemmArgs& a, const Cursor& at,
-                                           const StagedRow* rows, int piece, int thread) {
+                                           const Place* places, const int* reaches, int piece, int thread) {
   if (kVector)
-    load_vector(raw, k, a, at, rows, piece, thread);
+    load_vector(raw, k, a, at, places, reaches, piece, thread);
   else
-    load_gathered(raw, k, a, at, rows, piece, thread);
+    load_gathered(raw, k, a, at, places, reaches, piece, thread);
 }
 
 template <bool kVector>
 __device__ __forceinline__ void store_piece(uint4* landed, int k, const RingGemmArgs& a,
                                             const Cursor& at, int piece, int thread, uint4* tile) {
-  unsigned raw[16];
+  constexpr int kParts = kVector ? 2 : 1;
+  unsigned raw[kParts][16];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 4 * kParts; ++i) {
     const uint4 four = *landing(landed, k, i, thread);
-    raw[4 * i] = four.x, raw[4 * i + 1] = four.y, raw[4 * i + 2] = four.z, raw[4 * i + 3] = four.w;
+    unsigned* to = raw[i / 4] + i % 4 * 4;
+    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
   }
-  if (!kVector)
-    store_gathered(raw, piece, tile);
-  else if (at.interior)
-    store_vector<true>(*landing_place(landed, k, thread), raw, a, at, piece, tile);
-  else
-    store_vector<false>(*landing_place(landed, k, thread), raw, a, at, piece, tile);
+  if (!kVector) {
+    store_gathered(raw[0], piece, tile);
+    return;
+  }
+  const unsigned place = *landing_place(landed, k, thread);
+#pragma unroll
+  for (int v = 0; v < kParts; ++v) {
+    if (at.interior)
+      store_vector<true>(place, v, raw[v], a, at, piece, tile);
+    else
+      store_vector<false>(place, v, raw[v], a, at, piece, tile);
+  }
 }
 
 #endif
 
 template <bool kVector>
-__device__ __forceinline__ void load_tiles(const RingGemmArgs& a, const StagedRow* rows, uint4* raw, uint4* tiles,
-                                           Barrier* full, Barrier* empty, int thread) {
+__device__ __forceinline__ void load_tiles(const RingGemmArgs& a, const Place* places, const int* reaches,
+                                           uint4* raw, uint4* tiles, Barrier* full, Barrier* empty, int thread) {
 #if TCONV_CHANNELS_LAST
   constexpr int kCount = kPieces;
 #else
@@ -455,7 +489,7 @@ __device__ __forceinline__ void load_tiles(const RingGemmArgs& a, const StagedRo
   RingPlace<RG_STAGES> at;
 #pragma unroll 1
   for (int k = 0; k < kSlots; ++k) {
-    load_piece<kVector>(raw, k, a, ahead, rows, k * kLoaders + thread, thread);
+    load_piece<kVector>(raw, k, a, ahead, places, reaches, k * kLoaders + thread, thread);
     copy_async_commit();
   }
   if (ahead.valid) ahead.advance(a, kRounds);
@@ -467,11 +501,10 @@ __device__ __forceinline__ void load_tiles(const RingGemmArgs& a, const StagedRo
       const int piece = k * kLoaders + thread;
       copy_async_wait<kSlots - 1>();  // the oldest piece has landed
       store_piece<kVector>(raw, k, a, now, now.round * kRound + piece, thread, tile);
-      load_piece<kVector>(raw, k, a, ahead, rows, ahead.round * kRound + piece, thread);
+      load_piece<kVector>(raw, k, a, ahead, places, reaches, ahead.round * kRound + piece, thread);
       copy_async_commit();
     }
     if (now.round == kRounds - 1) {
-      fence_shared_for_wgmma();
       barrier_arrive(full + at.stage);
       at.advance();
     }
@@ -640,12 +673,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
   __shared__ Barrier full[RG_STAGES], empty[RG_STAGES];                          // positions
   __shared__ Barrier weights_full[RG_WEIGHT_STAGES], weights_empty[RG_WEIGHT_STAGES];
   __shared__ Barrier sums_full[2], sums_empty[2];
-  __shared__ StagedRow staged_rows[kRows];
+  __shared__ int reaches[kRows];
   uint4* const tiles = shared;
   unsigned* const weights = reinterpret_cast<unsigned*>(shared + RG_STAGES * kStageUnits);
   float* const sums =
       reinterpret_cast<float*>(weights + RG_WEIGHT_STAGES * RG_ENTRIES_PER_STAGE * kEntryWords);
   uint4* const raw = reinterpret_cast<uint4*>(sums + 2 * RG_SUM_WORDS);
+  Place* const places = reinterpret_cast<Place*>(raw + kSlots * 8 * kLoaders + (kSlots * kLoaders + 3) / 4);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
@@ -690,7 +724,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
         int rows_behind = -1, tile_behind = -1;  // stages that the products under way read last
         if (RG_RESIDENT) at = item_at;
         for (int chunk = 0; chunk < RG_CHUNKS; ++chunk) {
-          if (!RG_RESIDENT || first_pass) barrier_wait(full + at.stage, at.parity);
+          if (!RG_RESIDENT || first_pass) {
+            barrier_wait(full + at.stage, at.parity);
+            // The tensor core reads what other threads stored in the ordinary way. The fence stands here and not with the
+            // writers, where it would also wait for the copies that they have under way.
+            fence_shared_for_wgmma();
+          }
           const uint4* tile = tiles + at.stage * kStageUnits + warpgroup * (RG_GROUP_ROWS * RG_JW + RG_GROUP_COLUMNS);
           for (int entry = entry_begin; entry < entry_end; entry += RG_ENTRIES_PER_STAGE) {
             barrier_wait(weights_full + rows_at.stage, rows_at.parity);
@@ -702,10 +741,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
                 const uint4* first = tile + rg_entry_word[entry + e];
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
-#ifndef V_NOMMA
                   wgmma_shared(sum, columns_descriptor(rows + e * kEntryWords + step * 512, 1024),
                                columns_descriptor(first + step * 2 * kPlane, kPlane * 16), accumulate);
-#endif
                   accumulate = 1;
                 }
               }
@@ -728,42 +765,44 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
           if (tile_behind >= 0) barrier_arrive(empty + tile_behind);
         }
         barrier_wait(sums_empty + warpgroup, sums_parity ^ 1);
-#ifndef V_NODUMP
         store_sums(stage, sum, warp % 4, quad, quarter);
-#else
-        if (sum[0] == 1.2345f && sum[31] == 7.f) stage[0] = sum[5];
-#endif
         barrier_arrive(sums_full + warpgroup);
         sums_parity ^= 1;
       }
     }
-  } else if (warp < 11) {  // load
+  } else if (warp < kWeightWarp) {  // load
     const int thread = threadIdx.x - 256;
-    for (int row = thread; row < kRows; row += kLoaders) staged_rows[row] = staged_row(a, row);
-    loaders_barrier();
-#if TCONV_CHANNELS_LAST && !TCONV_DTYPE_f32
-    if (RG_VECTOR && a.vector_loads)
-      copy_tiles(a, staged_rows, tiles, full, empty, thread);
+    for (int row = thread; row < kRows; row += kLoaders) reaches[row] = row_reach(row);
+#if TCONV_CHANNELS_LAST
+    for (int p = thread; p < kPositions; p += kLoaders) places[p] = position_place(a, p);
 #else
     if (RG_VECTOR && a.vector_loads)
-      load_tiles<true>(a, staged_rows, raw, tiles, full, empty, thread);
+      for (int i = thread; i < kVectorPieces / kUnits; i += kLoaders) places[i] = vector_place(a, i);
+    else
+      for (int p = thread; p < kPositions; p += kLoaders) places[p] = position_place(a, p);
+#endif
+    loaders_barrier();
+    if (RG_VECTOR && a.vector_loads)
+#if TCONV_CHANNELS_LAST && !TCONV_DTYPE_f32
+      copy_tiles(a, places, reaches, tiles, full, empty, thread);
+#else
+      load_tiles<true>(a, places, reaches, raw, tiles, full, empty, thread);
 #endif
     else
-      load_tiles<false>(a, staged_rows, raw, tiles, full, empty, thread);
-  } else if (warp >= 12) {  // store
+      load_tiles<false>(a, places, reaches, raw, tiles, full, empty, thread);
+  } else if (warp > kWeightWarp) {  // store
+    const int storer = (threadIdx.x - 32 * (kWeightWarp + 1)) % kStorers;
     unsigned parity = 0;
     for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
       const Item item = locate(a, index);
       for (int pass = item.pass_begin; pass < item.pass_end; ++pass) {
         const bool taps = rg_entry_begin[pass] < rg_entry_begin[pass + 1];
-        for (int warpgroup = RG_STORE_GROUPS == 2 ? warp / 4 - 3 : 0; warpgroup < 2; warpgroup += RG_STORE_GROUPS) {
+        for (int warpgroup = RG_STORE_GROUPS == 2 ? (warp - kWeightWarp - 1) / 4 : 0; warpgroup < 2; warpgroup += RG_STORE_GROUPS) {
           if (taps) barrier_wait(sums_full + warpgroup, parity);
-#ifndef V_NOSTORE
           if (taps)
-            store_run<true>(a, item, pass, warpgroup, sums + warpgroup * RG_SUM_WORDS, threadIdx.x % 128);
+            store_run<true>(a, item, pass, warpgroup, sums + warpgroup * RG_SUM_WORDS, storer);
           else
-            store_run<false>(a, item, pass, warpgroup, nullptr, threadIdx.x % 128);
-#endif
+            store_run<false>(a, item, pass, warpgroup, nullptr, storer);
           if (taps) barrier_arrive(sums_empty + warpgroup);
         }
         if (taps) parity ^= 1;
