@@ -45,7 +45,7 @@ options
   --arch ARCH        compile: sm_80, sm_90a ... Default: that of the device
   --chosen           check, compile: only what the planner chooses, not every kernel and config that fits
   --top N            tune, compile: only the N configs of each kernel with the lowest predicted cost. Default of tune: 6
-  --out FILE         tune: where to write the lines of a measured_<device>.def table
+  --out FILE         tune: where to write the lines of a measured_<device>.def table; TCONV_MEASURED=FILE uses them
   --jobs N           compile: how many at once. Default: all cores
   --reduce PRODUCTS  check, compile: shrink batch and sizes until a problem has about so many multiply-adds
   --non-finite       check: with a few infinities and NaNs in the data
@@ -342,6 +342,12 @@ std::vector<std::string> top_candidates(const Problem& problem, const Epilogue& 
   return names;
 }
 
+void replace_file(const std::string& path, const std::string& text) {
+  const std::string temporary = path + ".part";
+  std::ofstream(temporary) << text;
+  if (std::rename(temporary.c_str(), path.c_str()) != 0) throw std::runtime_error("cannot write " + path);
+}
+
 int run_tune(const Options& options) {
   const Device device = find_device(options.device);
   std::string lines;
@@ -371,16 +377,11 @@ int run_tune(const Options& options) {
     ++measured;
     // Within 5 % the prediction is left to stand: that is about the spread of two runs.
     if (first_seconds > 1.05 * best_seconds) lines += "MEASURED(\"" + to_string(problem) + "\", \"" + best + "\")\n";
+    if (!options.out.empty()) replace_file(options.out, lines);  // a sweep takes minutes; what it has found stays
   }
   if (measured > 0)
     std::printf("%d problems; without a table the planner's choice takes %.3f times the best on average (geometric)\n",
                 measured, std::exp(log_regret / measured));
-  if (!options.out.empty()) {
-    const std::string temporary = options.out + ".part";
-    std::ofstream(temporary) << lines;
-    if (std::rename(temporary.c_str(), options.out.c_str()) != 0)
-      throw std::runtime_error("cannot write " + options.out);
-  }
   return 0;
 }
 

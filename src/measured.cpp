@@ -2,6 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "measured.h"
 
+#include <cstdlib>
+#include <fstream>
+#include <stdexcept>
+#include <string>
 #include <unordered_map>
 
 #include "simplify.h"
@@ -17,7 +21,7 @@ constexpr Line kH200[] = {
 #define MEASURED(problem, choice) {problem, choice},
 #include "measured_h200.def"
 #undef MEASURED
-    {{}, {}}};
+};
 
 struct Hash {
   std::size_t operator()(const Problem& problem) const { return hash_value(problem); }
@@ -25,18 +29,38 @@ struct Hash {
 
 struct Choice {
   std::int64_t batch;
-  std::string_view kernel;
+  std::string kernel;
 };
 
 using Table = std::unordered_multimap<Problem, Choice, Hash>;
 
-Table read(const Line* line) {
+void add(Table& table, const Line& line) {
+  Problem key = simplify(parse_problem(line.problem), {});
+  const std::int64_t batch = key.batch;
+  key.batch = 1;
+  table.emplace(key, Choice{batch, std::string(line.choice)});
+}
+
+// Lines as `tconv tune --out` writes them; blank lines and // comments besides.
+Table read_file(const std::string& path) {
+  std::ifstream file(path);
+  if (!file) throw std::invalid_argument("TCONV_MEASURED: cannot read `" + path + "`");
   Table table;
-  for (; !line->problem.empty(); ++line) {
-    Problem key = simplify(parse_problem(line->problem), {});
-    const std::int64_t batch = key.batch;
-    key.batch = 1;
-    table.emplace(key, Choice{batch, line->choice});
+  int number = 0;
+  for (std::string text; std::getline(file, text);) {
+    ++number;
+    const std::size_t begin = text.find_first_not_of(" \t\r");
+    if (begin == std::string::npos || text.compare(begin, 2, "//") == 0) continue;
+    std::size_t quote[4] = {};
+    for (std::size_t i = 0, at = begin; i < 4 && at != std::string::npos; ++i) at = quote[i] = text.find('"', at + 1);
+    const bool complete = text.compare(begin, 9, "MEASURED(") == 0 && quote[3] != std::string::npos && quote[3] != 0;
+    if (!complete) {
+      throw std::invalid_argument("TCONV_MEASURED: line " + std::to_string(number) + " of `" + path +
+                                  "` must read MEASURED(\"problem\", \"kernel:config\"), got `" + text + "`");
+    }
+    const std::string problem = text.substr(quote[0] + 1, quote[1] - quote[0] - 1);
+    const std::string choice = text.substr(quote[2] + 1, quote[3] - quote[2] - 1);
+    add(table, {problem, choice});
   }
   return table;
 }
@@ -44,8 +68,16 @@ Table read(const Line* line) {
 }  // namespace
 
 std::string_view measured_choice(const Problem& problem, const Device& device) {
-  if (device.backend != Backend::cuda || device.compute_capability != 90 || device.multiprocessors != 132) return {};
-  static const Table table = read(kH200);
+  if (device.backend != Backend::cuda) return {};
+  static const char* const path = std::getenv("TCONV_MEASURED");
+  static const Table table = [] {
+    if (path != nullptr && *path != 0) return read_file(path);
+    Table built_in;
+    for (const Line& line : kH200) add(built_in, line);
+    return built_in;
+  }();
+  const bool own = path != nullptr && *path != 0;
+  if (!own && (device.compute_capability != 90 || device.multiprocessors != 132)) return {};
   Problem key = problem;
   key.batch = 1;
   const auto [begin, end] = table.equal_range(key);

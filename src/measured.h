@@ -10,7 +10,9 @@
 namespace tconv {
 
 // "kernel:config" for a simplified problem, or empty. Tables (measured_<device>.def) are made by `tconv tune`; a line
-// serves its layer and size for batches within a factor of four of the measured one.
+// serves its layer and size for batches within a factor of four of the measured one. The variable TCONV_MEASURED names a
+// file of such lines that is used instead of the built-in ones, on any CUDA device; a file that cannot be read is an
+// std::invalid_argument that names the line.
 std::string_view measured_choice(const Problem& problem, const Device& device);
 
 }  // namespace tconv

@@ -208,7 +208,8 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   const double busy =
       std::max(static_cast<double>(g.blocks) * kWarps * per_warp * slot_us, 4 * per_warp * slot_us * machine);
   const double memory = minimum_bytes(problem) / (0.8 * device.bandwidth_tbs * 1e6);
-  fit.microseconds = 4 + std::max(busy * 1.3, memory) + 0.2 * std::min(busy, memory);
+  // 2.4: measured over predicted at 1.3 was 1.87, geometric mean of 34 configs of 14 layers on an H100.
+  fit.microseconds = 4 + std::max(busy * 2.4, memory) + 0.2 * std::min(busy, memory);
   if (g.forward) {
     fit.fused_ops = leading_pointwise(epilogue);
     fit.fused_pre = true;

@@ -278,7 +278,8 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   const double serial = multiply + load + store,
                parallel = std::max(multiply, load + store) + 0.3 * std::min(multiply, load + store);
   const double block_cycles = resident >= 3 ? parallel : resident >= 2 ? 0.7 * parallel + 0.3 * serial : serial;
-  const double compute = (rounds * block_cycles + 2000.0) / clock * 1e6;
+  // 1.33: measured over predicted, geometric mean of 42 configs of 14 layers on an H100.
+  const double compute = 1.33 * (rounds * block_cycles + 2000.0) / clock * 1e6;
   const double traffic = minimum_bytes(problem) / (device.bandwidth_tbs * 1e12 * 0.8) * 1e6;
   const double cache = static_cast<double>(blocks) *
                        (loads * 16.0 + g.warpgroups * entries * g.chunks * (config.block_k / 8) * 2048.0) /
