@@ -20,10 +20,10 @@ using std::int64_t;
 // left of them stores. split 1: every phase pair an item of its own.
 #define SPLITS(m, n, k, s, w) {m, n, k, s, w, 0}, {m, n, k, s, w, 1}
 #define CHUNKS(m, n, s, w) SPLITS(m, n, 8, s, w), SPLITS(m, n, 16, s, w), SPLITS(m, n, 32, s, w)
-constexpr Config kConfigs[] = {CHUNKS(64, 184, 3, 16), CHUNKS(64, 128, 7, 20),  CHUNKS(64, 128, 3, 20),
+constexpr Config kConfigs[] = {CHUNKS(64, 184, 3, 16), CHUNKS(64, 120, 7, 20),  CHUNKS(64, 120, 3, 20),
                                CHUNKS(64, 64, 7, 20),  CHUNKS(64, 64, 3, 20),   CHUNKS(64, 32, 7, 20),
-                               CHUNKS(128, 184, 3, 16), CHUNKS(128, 128, 7, 20), CHUNKS(256, 184, 3, 16),
-                               CHUNKS(256, 128, 7, 20), CHUNKS(512, 128, 7, 20), CHUNKS(512, 64, 7, 20)};
+                               CHUNKS(128, 184, 3, 16), CHUNKS(128, 120, 7, 20), CHUNKS(256, 184, 3, 16),
+                               CHUNKS(256, 120, 7, 20), CHUNKS(512, 120, 7, 20), CHUNKS(512, 64, 7, 20)};
 #undef CHUNKS
 #undef SPLITS
 

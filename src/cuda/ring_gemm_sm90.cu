@@ -605,7 +605,7 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
   const int warp = thread / 32, lane = thread % 32;
   constexpr int kPerLane = sizeof(output_t) == 2 ? 2 : 1;
   constexpr int kSpan = 32 * kPerLane;
-  constexpr int kMost = 8 / kPerLane;
+  constexpr int kMost = (kThreads > 512 ? 4 : 8) / kPerLane;  // 640 threads have 96 registers each
   constexpr int kKept = (kPoints + kSpan - 1) / kSpan < kMost ? (kPoints + kSpan - 1) / kSpan : kMost;
   constexpr int kTurns = (kPoints + kKept * kSpan - 1) / (kKept * kSpan);
 #pragma unroll(kTurns <= 2 ? kTurns : 1)
