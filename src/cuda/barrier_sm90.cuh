@@ -1,7 +1,7 @@
 // barrier_sm90.cuh — hand-over of stages between warps that fill and warps that multiply (sm_90a).
 //
-// An mbarrier counts arrivals; each time all have come its phase flips. `barrier_wait(barrier, parity)` returns once the
-// phase of that parity is complete; on a fresh barrier parity 1 returns at once.
+// An mbarrier counts arrivals; each time all have come its phase flips. `barrier_wait(barrier, parity)` returns once
+// the phase of that parity is complete; on a fresh barrier parity 1 returns at once.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "wgmma_sm90.cuh"

@@ -73,9 +73,9 @@ void set_window(Geometry& g, int stride) {
   g.length = high - low;  // what a plane has beyond the tile; the caller adds the tile
 }
 
-// Clock cycles of one tile. Filling alone reaches about 11 bytes a cycle on an H100, and half of the products' time shows,
-// because a team of warps waits for its stage: 0.466 ms (0.376 channels_last) for 3x3 taps of 64 x 64 channels at 2^21
-// positions, where the products alone take 0.188.
+// Clock cycles of one tile. Filling alone reaches about 11 bytes a cycle on an H100, and half of the products' time
+// shows, because a team of warps waits for its stage: 0.466 ms (0.376 channels_last) for 3x3 taps of 64 x 64 channels
+// at 2^21 positions, where the products alone take 0.188.
 double cycles_of(const Problem& problem, const Config& config, const Geometry& g, int64_t positions, int64_t grad_units,
                  int64_t grad_columns, int64_t input_rows, int64_t grad_rows, std::size_t shared) {
   const double steps = static_cast<double>(positions) / 16, columns = config.block_n;
@@ -243,8 +243,8 @@ Fit fit(const Problem& problem, const Epilogue&, const Device& device, const Con
   return fit;
 }
 
-// What one block needs: the warps that fill read through L1, which with all of it shared has room for 200 lines on their
-// way.
+// What one block needs: the warps that fill read through L1, which with all of it shared has room for 200 lines on
+// their way.
 int shared_percent(const Device& device, const Geometry& g) {
   const std::size_t all = device.shared_memory_per_multiprocessor;
   return static_cast<int>(std::min<std::size_t>(100, ((g.shared_bytes + 1024) * 100 + all - 1) / all));

@@ -1,13 +1,14 @@
 // tap_gemm_half_grad_weight_sm90 — weight gradient of 16-bit layers on Hopper's warpgroup products.
 // Computes  grad_weight[ci, co, t] = sum over b, i of input[b, ci, i] * grad_output[b, co, s * i + d * t - p]
-// Method    a block owns channel blocks and a slice of taps for a share of the tiles of input positions. Four warps fill
-//           a ring of stages, each with the input and the grad_output of a tile as 16-byte units of 8 channels of one
-//           position, [channel / 8][position], the columns of grad_output in planes by residue modulo the stride. Position
-//           is k: 16 neighbouring units are the columns of a product as they lie (MN-major without swizzle), any tap is a
-//           shift by whole units, and ldmatrix turns the same units into the rows of a product. So one staged tile serves
-//           all taps. TG_INPUT_ROWS: 64 input channels make the rows, read once for all taps of the warpgroup; otherwise
-//           TG_CHANNELS output channels times 64 / TG_CHANNELS taps do, with the input as the columns. Every TG_FLUSH
-//           tiles the sums move to the block's partial sum in memory, because the tensor core truncates.
+// Method    a block owns channel blocks and a slice of taps for a share of the tiles of input positions. Four warps
+//           fill a ring of stages, each with the input and the grad_output of a tile as 16-byte units of 8 channels of
+//           one position, [channel / 8][position], the columns of grad_output in planes by residue modulo the stride.
+//           Position is k: 16 neighbouring units are the columns of a product as they lie (MN-major without swizzle),
+//           any tap is a shift by whole units, and ldmatrix turns the same units into the rows of a product. So one
+//           staged tile serves all taps. TG_INPUT_ROWS: 64 input channels make the rows, read once for all taps of the
+//           warpgroup; otherwise TG_CHANNELS output channels times 64 / TG_CHANNELS taps do, with the input as the
+//           columns. Every TG_FLUSH tiles the sums move to the block's partial sum in memory, because the tensor core
+//           truncates.
 // Refuses   fp32, fp64 (see tap_gemm_half_grad_weight_sm90.cpp)
 // Reads as  1 locate · 2 load · 3 multiply · 5 store
 // SPDX-License-Identifier: Apache-2.0
@@ -133,9 +134,10 @@ struct GradTile {
 // 2 load
 #if TCONV_CHANNELS_LAST
 // Units lie in memory as they are staged. A warp takes a row, its lanes the channels of neighbouring positions. The
-// pieces of a line go to different planes, so each is fetched as a sector and written alone, and L2 is the limit. Through
-// registers, 17 loads of 16 bytes a thread, filling is faster (0.32 instead of 0.35 ms for 3x3 taps of 64 x 64 channels at
-// 2^21 positions on an H100), but the whole slower (0.43 instead of 0.38), and 2.0 times as slow for 32 channels.
+// pieces of a line go to different planes, so each is fetched as a sector and written alone, and L2 is the limit.
+// Through registers, 17 loads of 16 bytes a thread, filling is faster (0.32 instead of 0.35 ms for 3x3 taps of 64 x 64
+// channels at 2^21 positions on an H100), but the whole slower (0.43 instead of 0.38), and 2.0 times as slow for 32
+// channels.
 template <typename Tile>
 __device__ __forceinline__ void load_tile(uint4* stage, const Tile& tile, const Place& at, int thread) {
   constexpr int kPixel = Tile::kChannels * TCONV_GROUPS;
@@ -196,10 +198,10 @@ __device__ __forceinline__ unsigned load_if(const storage_t* from, bool valid) {
   }
   return word;
 }
-// A thread takes kWide neighbouring columns of 8 channels at a time and turns them into kWide units; kTake such lots are
-// neighbouring channels, kSpots more columns, so that up to 8 * TG_TAKE loads are under way. Filling takes 0.36 ms so for
-// 3x3 taps of 64 x 64 channels at 2^21 positions (H100). cp.async of 16-byte pieces into slots that a warp then turns took
-// 0.84: bound by its instructions, and by pieces of a sector that it fetches and writes one by one.
+// A thread takes kWide neighbouring columns of 8 channels at a time and turns them into kWide units; kTake such lots
+// are neighbouring channels, kSpots more columns, so that up to 8 * TG_TAKE loads are under way. Filling takes 0.36 ms
+// so for 3x3 taps of 64 x 64 channels at 2^21 positions (H100). cp.async of 16-byte pieces into slots that a warp then
+// turns took 0.84: bound by its instructions, and by pieces of a sector that it fetches and writes one by one.
 template <typename Tile, int kWide>
 struct Columns {
   static constexpr int kTake = Tile::kGroups < TG_TAKE ? Tile::kGroups : TG_TAKE;
@@ -280,8 +282,8 @@ __device__ __forceinline__ void load_tile(uint4* stage, const Tile& tile, const 
 }
 #endif
 
-// Columns of a product: 16 positions from `unit` of shared memory on, TG_N channels in planes of `pitch` units (MN-major,
-// no swizzle).
+// Columns of a product: 16 positions from `unit` of shared memory on, TG_N channels in planes of `pitch` units
+// (MN-major, no swizzle).
 __device__ __forceinline__ unsigned long long units_descriptor(unsigned unit, unsigned pitch) {
   return (unit + (128u >> 4 << 16)) | (static_cast<unsigned long long>(pitch) << 32);
 }
@@ -293,8 +295,8 @@ __device__ __forceinline__ void load_rows(unsigned (&rows)[4], unsigned unit) {
                : "memory");
 }
 
-// Registers: with three warpgroups that multiply all have 128, of which the sums take up to 96 there and loads under way 64
-// in the warps that fill. Two get 192 each for sums up to 130; the warps that fill then keep 120.
+// Registers: with three warpgroups that multiply all have 128, of which the sums take up to 96 there and loads under
+// way 64 in the warps that fill. Two get 192 each for sums up to 130; the warps that fill then keep 120.
 extern "C" __global__ void __launch_bounds__(kThreads, 1) tap_gemm_half_grad_weight(const TapGemmArgs a) {
   extern __shared__ __align__(128) uint4 shared[];
   unsigned long long* const full = reinterpret_cast<unsigned long long*>(shared + TG_STAGES * kStageUnits);
