@@ -295,8 +295,17 @@ __device__ __forceinline__ void load_rows(unsigned (&rows)[4], unsigned unit) {
                : "memory");
 }
 
-// Registers: with three warpgroups that multiply all have 128, of which the sums take up to 96 there and loads under
-// way 64 in the warps that fill. Two get 192 each for sums up to 130; the warps that fill then keep 120.
+// Three warpgroups that multiply have 128 registers a thread like the warps that fill, of which sums take up to 96 and
+// loads under way 64; channels_last fills without registers and gives 24 away. Two have 192 for sums up to 130.
+template <bool kMultiplies>
+__device__ __forceinline__ void move_registers() {
+#if TG_WARPGROUPS == 2
+  kMultiplies ? take_registers<192>() : give_registers<120>();
+#elif TCONV_CHANNELS_LAST
+  kMultiplies ? take_registers<136>() : give_registers<104>();
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, 1) tap_gemm_half_grad_weight(const TapGemmArgs a) {
   extern __shared__ __align__(128) uint4 shared[];
   unsigned long long* const full = reinterpret_cast<unsigned long long*>(shared + TG_STAGES * kStageUnits);
@@ -324,9 +333,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tap_gemm_half_grad_wei
   const long long tile_begin = a.num_tiles * share / a.shares, tile_end = a.num_tiles * (share + 1) / a.shares;
 
   if (warpgroup == kConsumers) {
-#if TG_WARPGROUPS == 2
-    give_registers<120>();
-#endif
+    move_registers<false>();
     const InputTile input(a, group, (TG_INPUT_ROWS ? block_m : block_n) * (TG_INPUT_GROUPS * 8), slice);
     const GradTile grad(a, group, (TG_INPUT_ROWS ? block_n : block_m) * (TG_GRAD_GROUPS * 8), slice);
     // Two teams of warps fill every other tile, so that one waits for memory while the other issues.
@@ -353,9 +360,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tap_gemm_half_grad_wei
       }
     }
   } else {
-#if TG_WARPGROUPS == 2
-    take_registers<192>();
-#endif
+    move_registers<true>();
     float sum[kSets][TG_N / 2];
     auto clear = [&]() {
 #pragma unroll
