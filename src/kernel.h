@@ -18,6 +18,7 @@ struct Unit {
   std::string prelude;           // #define lines and generated functions put in front; the specialisation
   int threads = 0;               // block size, for the launch-bounds report
   std::size_t shared_bytes = 0;  // dynamic shared memory
+  int shared_percent = 100;      // of what can be shared memory; the rest is L1, for kernels that read through it
 };
 
 struct Kernel {

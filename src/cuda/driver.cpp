@@ -145,7 +145,7 @@ std::shared_ptr<const Function> load_now(const Unit& unit, const Device& device)
     // Below 48 KB the driver's own choice leaves L1 to the kernels that read through it.
     if (limit > 48 * 1024) {
       check(cuda.function_attribute(handle, 8, static_cast<int>(limit)), "cuFuncSetAttribute");
-      check(cuda.function_attribute(handle, 9, 100), "cuFuncSetAttribute");
+      check(cuda.function_attribute(handle, 9, unit.shared_percent), "cuFuncSetAttribute");
     }
   }
   return function;

@@ -38,9 +38,13 @@ extern "C" __global__ void __launch_bounds__(256)
   rest /= 32;
 #if TG_WARPGROUP
   const int warp = rest % 4, n8 = rest / 4 % (TG_BN / 8), set = rest / 4 / (TG_BN / 8);
-  const int t = set * (64 / TG_CHANNELS) + warp * 16 / TG_CHANNELS;
-  const int co = block_m * TG_CHANNELS + warp * 16 % TG_CHANNELS + quad + r / 2 * 8;
-  const int ci = block_n * TG_BN + n8 * 8 + quarter * 2 + r % 2;
+  const int row = warp * 16 + quad + r / 2 * 8, column = block_n * TG_BN + n8 * 8 + quarter * 2 + r % 2;
+#if TG_INPUT_ROWS
+  const int t = set % TG_TAPS, ci = block_m * TG_BM + set / TG_TAPS * 64 + row, co = column;
+#else
+  const int t = set * (64 / TG_CHANNELS) + row / TG_CHANNELS;
+  const int co = block_m * TG_CHANNELS + row % TG_CHANNELS, ci = column;
+#endif
 #else
   const int warp_m = rest % TG_WARPS_M, warp_n = rest / TG_WARPS_M % TG_WARPS_N;
   rest /= TG_WARPS_M * TG_WARPS_N;

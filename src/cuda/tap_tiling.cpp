@@ -17,28 +17,56 @@ int64_t segments_of(int64_t positions) { return std::max<int64_t>(1, ceil_div(po
 
 }  // namespace
 
+TapSlices tap_slices(const Problem& problem, int limit, int multiple) {
+  TapSlices g;
+  g.num_taps = static_cast<int>(volume(problem.kernel));
+  const int kd = static_cast<int>(problem.kernel[0]), kh = static_cast<int>(problem.kernel[1]),
+            kw = static_cast<int>(problem.kernel[2]);
+  g.fixed = kd * kh * kw <= limit ? 0 : kh * kw <= limit ? 1 : 2;
+  g.width_parts = g.fixed == 2 ? static_cast<int>(ceil_div(kw, limit)) : 1;
+  g.width_taps = static_cast<int>(ceil_div(kw, g.width_parts));
+  const int taps = g.fixed == 0 ? kd * kh * kw : g.fixed == 1 ? kh * kw : g.width_taps;
+  g.taps = static_cast<int>(ceil_div(taps, multiple) * multiple);
+  g.slices = g.fixed == 0 ? 1 : g.fixed == 1 ? kd : kd * kh * g.width_parts;
+  for (int dim = 0; dim < 3; ++dim)
+    for (int t = 0; t < problem.kernel[dim]; ++t)
+      g.offset[dim].push_back(static_cast<int>(problem.dilation[dim] * t - problem.padding[dim]));
+  for (int slice = 0; slice < g.slices; ++slice) {
+    const int td0 = g.fixed == 1 ? slice : g.fixed == 2 ? slice / g.width_parts / kh : 0;
+    const int th0 = g.fixed == 2 ? slice / g.width_parts % kh : 0;
+    const int tw0 = g.fixed == 2 ? slice % g.width_parts * g.width_taps : 0;
+    g.slice_offset.push_back(g.fixed >= 1 ? g.offset[0][td0] : 0);
+    g.slice_offset.push_back(g.fixed >= 2 ? g.offset[1][th0] : 0);
+    for (int j = 0; j < g.taps; ++j) {
+      const bool exists = j < taps && (g.fixed < 2 || tw0 + j < kw);
+      g.slice_tap.push_back(exists ? (td0 * kh + th0) * kw + tw0 + j : -1);
+    }
+  }
+  return g;
+}
+
+std::vector<int> TapSlices::staged(int dim) const { return dim < fixed ? std::vector<int>{0} : offset[dim]; }
+
+std::vector<int> TapSlices::tap_words(const Rows& rows_d, const Rows& rows_h, const std::vector<int>& column_word,
+                                      int row_words) const {
+  const int kh = static_cast<int>(offset[1].size()), kw = static_cast<int>(offset[2].size());
+  const int staged_rows = static_cast<int>(rows_h.relative.size());
+  std::vector<int> words;
+  for (std::size_t at = 0; at < slice_tap.size(); ++at) {
+    const int tap = slice_tap[at] >= 0 ? slice_tap[at] : slice_tap[at / taps * taps];  // repeats the slice's first
+    const int td = tap / kw / kh, th = tap / kw % kh;
+    words.push_back((rows_d.tap_slot[fixed >= 1 ? 0 : td] * staged_rows + rows_h.tap_slot[fixed >= 2 ? 0 : th]) *
+                        row_words +
+                    column_word[tap % kw]);
+  }
+  return words;
+}
+
 TapTiling tap_tiling(const Problem& problem, int block_positions, int limit, int multiple, int input_channels,
                      int grad_channels, const std::function<std::size_t(int)>& shared_bytes, std::size_t shared_limit) {
   TapTiling g;
-  g.num_taps = static_cast<int>(volume(problem.kernel));
-  // Slices: as many whole trailing dimensions of the kernel as the limit allows, else a part of the width.
-  const int kd = static_cast<int>(problem.kernel[0]), kh = static_cast<int>(problem.kernel[1]),
-            kw = static_cast<int>(problem.kernel[2]);
-  const int fixed = kd * kh * kw <= limit ? 0
-                    : kh * kw <= limit    ? 1
-                                          : 2;  // leading kernel dimensions that a slice fixes
-  const int width_parts = fixed == 2 ? static_cast<int>(ceil_div(kw, limit)) : 1;
-  const int width_taps = static_cast<int>(ceil_div(kw, width_parts));
-  const int taps = fixed == 0 ? kd * kh * kw : fixed == 1 ? kh * kw : width_taps;
-  g.taps = static_cast<int>(ceil_div(taps, multiple) * multiple);
-  g.slices = fixed == 0 ? 1 : fixed == 1 ? kd : kd * kh * width_parts;
-  std::vector<int> offset[3];
-  for (int dim = 0; dim < 3; ++dim)
-    for (int t = 0; t < problem.kernel[dim]; ++t)
-      offset[dim].push_back(static_cast<int>(problem.dilation[dim] * t - problem.padding[dim]));
-  const std::vector<int> zero{0};
-  const std::vector<int>& staged_d = fixed >= 1 ? zero : offset[0];
-  const std::vector<int>& staged_h = fixed >= 2 ? zero : offset[1];
+  static_cast<TapSlices&>(g) = tap_slices(problem, limit, multiple);
+  const std::vector<int> staged_d = g.staged(0), staged_h = g.staged(1);
 
   double best = std::numeric_limits<double>::max();
   for (int tw = 8; tw <= block_positions; tw *= 2)
@@ -47,7 +75,7 @@ TapTiling tap_tiling(const Problem& problem, int block_positions, int limit, int
       if (problem.stride[0] * (td - 1) > 4096 || problem.stride[1] * (th - 1) > 4096) continue;
       const Rows rows_d = rows_of(td, static_cast<int>(problem.stride[0]), staged_d);
       const Rows rows_h = rows_of(th, static_cast<int>(problem.stride[1]), staged_h);
-      const Columns columns = columns_of(tw, static_cast<int>(problem.stride[2]), offset[2]);
+      const Columns columns = columns_of(tw, static_cast<int>(problem.stride[2]), g.offset[2]);
       const int64_t positions =
           static_cast<int64_t>(rows_d.relative.size() * rows_h.relative.size() * columns.base.size()) * columns.length;
       if (positions > 65536) continue;
@@ -74,31 +102,7 @@ TapTiling tap_tiling(const Problem& problem, int block_positions, int limit, int
   g.num_tiles = g.tiles[0] * g.tiles[1] * g.tiles[2] * problem.batch;
 
   const int row_words = static_cast<int>(g.columns.base.size()) * g.columns.length;
-  const int staged_rows = static_cast<int>(g.rows[1].relative.size());
-  for (int slice = 0; slice < g.slices; ++slice) {
-    const int td0 = fixed == 1 ? slice : fixed == 2 ? slice / width_parts / kh : 0;
-    const int th0 = fixed == 2 ? slice / width_parts % kh : 0;
-    const int tw0 = fixed == 2 ? slice % width_parts * width_taps : 0;
-    g.slice_offset.push_back(fixed >= 1 ? offset[0][td0] : 0);
-    g.slice_offset.push_back(fixed >= 2 ? offset[1][th0] : 0);
-    for (int j = 0; j < g.taps; ++j) {
-      int td = td0, th = th0, tw = tw0;
-      bool exists = j < taps;
-      if (exists && fixed == 2) {
-        exists = tw0 + j < kw;
-        if (exists) tw = tw0 + j;
-      } else if (exists) {
-        tw = j % kw;
-        th = j / kw % kh;
-        if (fixed == 0) td = j / kw / kh;
-      }
-      g.slice_tap.push_back(exists ? (td * kh + th) * kw + tw : -1);
-      g.tap_word.push_back(
-          (g.rows[0].tap_slot[fixed >= 1 ? 0 : td] * staged_rows + g.rows[1].tap_slot[fixed >= 2 ? 0 : th]) *
-              row_words +
-          g.columns.tap_word[tw]);
-    }
-  }
+  g.tap_word = g.tap_words(g.rows[0], g.rows[1], g.columns.tap_word, row_words);
   return g;
 }
 

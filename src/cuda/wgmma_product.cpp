@@ -6,7 +6,7 @@
 
 namespace tconv::cuda {
 
-std::string product_text(DType dtype, int columns) {
+std::string product_text(DType dtype, int columns, bool channel_units) {
   const char* types = dtype == DType::f32 ? "f32.tf32.tf32" : dtype == DType::f16 ? "f32.f16.f16" : "f32.bf16.bf16";
   std::ostringstream text;
   const int sums = columns / 2;
@@ -16,7 +16,11 @@ std::string product_text(DType dtype, int columns) {
        << columns << (dtype == DType::f32 ? "k8." : "k16.") << types << " {";
   for (int i = 0; i < sums; ++i) text << (i ? "," : "") << '%' << i;
   text << "}, {%" << sums << ",%" << sums + 1 << ",%" << sums + 2 << ",%" << sums + 3 << "}, %" << sums + 4
-       << ", p, 1, 1" << (dtype == DType::f32 ? "" : ", 0") << "; }\"\n    : ";
+       << ", p, 1, 1"
+       << (dtype == DType::f32 ? ""
+           : channel_units     ? ", 1"
+                               : ", 0")
+       << "; }\"\n    : ";
   for (int i = 0; i < sums; ++i) text << (i ? "," : "") << "\"+f\"(d[" << i << "])";
   text << "\n    : \"r\"(a[0]), \"r\"(a[1]), \"r\"(a[2]), \"r\"(a[3]), \"l\"(b));\n}\n";
   return text.str();
