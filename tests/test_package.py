@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import os
 import pkgutil
 import re
 import shutil
@@ -210,6 +211,25 @@ def test_arguments_of_the_binding_are_checked() -> None:
         _C.Plan()
     assert _C.geometry_key(2, 1, (0, 0), 0, 1, [1]) == _C.geometry_key(2, (1, 1), 0, 0, 1, 1)
     assert _C.geometry_key(2, 1.0, 0, 0, 1, 1) is None and _C.geometry_key(2, True, 0, 0, 1, 1) is None
+
+
+def test_a_table_of_ones_own(tmp_path: Path) -> None:
+    layer = "2d b8 c64>64 i256x256 t3x3 tf32"
+    table = tmp_path / "measured.def"
+
+    def plan() -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "tconv", "plan", "--device", "h200", layer]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TCONV_MEASURED": str(table)})
+
+    table.write_text(f'// by hand\n\nMEASURED("{layer}", "gather:2x8,w4")\n')
+    chosen = next(line for line in plan().stdout.splitlines() if line.split()[:1] == ["chosen"])
+    assert "gather:2x8,w4" in chosen and chosen.endswith("measured as the best")
+    table.write_text("MEASURED(\n")
+    failed = plan()
+    assert failed.returncode != 0 and "TCONV_MEASURED: line 1 of" in failed.stderr + failed.stdout
+    table.unlink()
+    failed = plan()
+    assert failed.returncode != 0 and "TCONV_MEASURED: cannot read" in failed.stderr + failed.stdout
 
 
 def test_typed() -> None:

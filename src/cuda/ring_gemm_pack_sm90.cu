@@ -1,6 +1,8 @@
 // ring_gemm_pack_sm90 — weights rearranged into the blocks that ring_gemm_sm90 copies, rounded as they are used.
 // Computes  packed[group][row block][pass][chunk][entry of the pass][16-byte unit of channels][row][4 words]
-// Method    one thread a word; an entry (shift) has a tap for some of the width phases, zero for the others
+// Method    a block takes one unit of channels of one row block through all entries, a thread one word of each: the taps
+//           of a weight lie side by side and are all read while their sectors are in L1, and each entry is written as
+//           whole lines. An entry (shift) has a tap for some of the width phases, zero for the others.
 // Reads as  1 locate · 2 load · 5 store
 // SPDX-License-Identifier: Apache-2.0
 #include "mma_sm80.cuh"
@@ -9,39 +11,35 @@ __constant__ int rg_entry_begin[] = {RG_ENTRY_BEGIN};  // per pass
 __constant__ int rg_entry_tap[] = {RG_ENTRY_TAP};      // [entry][live phase] -> packed tap, or -1
 
 extern "C" __global__ void __launch_bounds__(256)
-    ring_gemm_pack(const storage_t* weight, unsigned* packed, unsigned total) {
-  constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1;
-  constexpr unsigned kBlock = RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64;  // words of a row block
-  for (unsigned word = blockIdx.x * 256 + threadIdx.x; word < total; word += gridDim.x * 256) {
-    const unsigned block = word / kBlock;
+    ring_gemm_pack(const storage_t* weight, unsigned* packed, unsigned blocks) {
+  constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1, kUnits = RG_KC / 4;
+  const int row = threadIdx.x / 4, channel = RG_ROW_CHANNEL(row), live = RG_ROW_LIVE(row);
+  for (unsigned index = blockIdx.x; index < blocks; index += gridDim.x) {
+    const int unit = index % kUnits, chunk = index / kUnits % RG_CHUNKS;
+    const unsigned block = index / (kUnits * RG_CHUNKS);
     const int row_block = block % RG_ROW_BLOCKS, group = block / RG_ROW_BLOCKS;
-    unsigned index = word % kBlock;
-    const int r = index % 4;
-    index /= 4;
-    const int row = index % 64;
-    index /= 64;
-    const int unit = index % (RG_KC / 4);
-    index /= RG_KC / 4;
-    int pass = 0;
-    while (index >= static_cast<unsigned>(rg_entry_begin[pass + 1]) * RG_CHUNKS) ++pass;
-    const int first = rg_entry_begin[pass], count = rg_entry_begin[pass + 1] - first;
-    index -= first * RG_CHUNKS;
-    const int entry = first + index % count, chunk = index / count;
-    const int k = (chunk * RG_KC + unit * 4 + r) * kPerWord;
-    const int n = row_block * RG_CHANNELS + RG_ROW_CHANNEL(row);
-    storage_t value[2] = {storage_t(), storage_t()};
-    if (RG_ROW_CHANNEL(row) < RG_CHANNELS && n < RG_N_CHANNELS) {
-      const int tap = rg_entry_tap[entry * RG_NUM_LIVE + RG_ROW_LIVE(row)];
-      for (int e = 0; e < kPerWord; ++e)
-        if (tap >= 0 && k + e < RG_K) {
-          const long long ci = RG_FORWARD ? k + e : n, co = RG_FORWARD ? n : k + e;
-          value[e] = weight[((group * (long long)TCONV_CI + ci) * TCONV_CO + co) * RG_NUM_TAPS + tap];
-        }
-    }
+    const int n = row_block * RG_CHANNELS + channel;
+    const int k = (chunk * RG_KC + unit * 4 + threadIdx.x % 4) * kPerWord;
+    const bool exists = channel < RG_CHANNELS && n < RG_N_CHANNELS && k < RG_K;
+    const bool pair = kPerWord == 2 && exists && k + 1 < RG_K;
+    const long long ci = RG_FORWARD ? k : n, co = RG_FORWARD ? n : k;
+    const storage_t* const first =
+        weight + (exists ? ((group * (long long)TCONV_CI + ci) * TCONV_CO + co) * RG_NUM_TAPS : 0);
+    const storage_t* const second = first + (RG_FORWARD ? TCONV_CO * RG_NUM_TAPS : RG_NUM_TAPS);
+    unsigned* const to = packed + (long long)block * (RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64) + unit * 256 + threadIdx.x;
+    for (int pass = 0; pass < RG_NUM_PASSES; ++pass) {
+      const int begin = rg_entry_begin[pass], count = rg_entry_begin[pass + 1] - begin;
+#pragma unroll 4
+      for (int entry = 0; entry < count; ++entry) {
+        const int tap = rg_entry_tap[(begin + entry) * RG_NUM_LIVE + live];
+        const storage_t low = exists && tap >= 0 ? first[tap] : storage_t();
 #if TCONV_DTYPE_f32
-    packed[word] = to_tf32(widen(value[0]));
+        const unsigned word = to_tf32(widen(low));
 #else
-    packed[word] = pack_words(value[0], value[1]);
+        const unsigned word = pack_words(low, pair && tap >= 0 ? second[tap] : storage_t());
 #endif
+        to[(long long)(begin * RG_CHUNKS + chunk * count + entry) * (kUnits * 256)] = word;
+      }
+    }
   }
 }

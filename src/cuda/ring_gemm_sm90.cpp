@@ -415,6 +415,7 @@ std::vector<Unit> units(const Step& step) {
     begin.push_back(static_cast<int>(word.size()));
   }
   define("RG_ENTRY_BEGIN", list(begin));
+  define("RG_NUM_PASSES", g.passes.size());
   const std::string layer = text.str();
   define("RG_ENTRY_TAP", list(tap));
   const std::string pack = text.str();
@@ -457,7 +458,6 @@ std::vector<Unit> units(const Step& step) {
   define("RG_OUT_H", g.result_step[1]);
   define("RG_OUT_W", g.result_step[2]);
   define("RG_PW", g.width_phases);
-  define("RG_NUM_PASSES", g.passes.size());
   define("RG_PASS_PER_ITEM", config.split);
   define("RG_STAGE_PITCH", g.stage_pitch);
   define("RG_SUM_WORDS", g.sum_words);
@@ -476,7 +476,7 @@ std::vector<Unit> units(const Step& step) {
 struct Ready : Loaded {
   Geometry geometry;
   int64_t items = 0;
-  unsigned packed = 0;
+  unsigned pack_blocks = 0;
 };
 
 void prepare_launch(Step& step) {
@@ -486,7 +486,8 @@ void prepare_launch(Step& step) {
   ready->geometry = geometry(step.problem, step.epilogue, step.device, step.config,
                              layer_geometry(step.problem, fold_of(step.config)));
   ready->items = num_items(step.problem, step.config, ready->geometry);
-  ready->packed = static_cast<unsigned>(packed_words(step.problem, step.config, ready->geometry));
+  ready->pack_blocks = static_cast<unsigned>(step.problem.groups * ready->geometry.row_blocks * ready->geometry.chunks *
+                                             (step.config.block_k / 4));
   step.state = std::shared_ptr<Loaded>(ready);
 }
 
@@ -509,9 +510,9 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   {
     const void* weight = tensors.weight;
     void* packed = tensors.workspace;
-    unsigned total = ready.packed;
-    void* args[] = {&weight, &packed, &total};
-    launch(*ready.functions[1], {std::min(4096u, (total + 255) / 256)}, stream, args);
+    unsigned blocks = ready.pack_blocks;
+    void* args[] = {&weight, &packed, &blocks};
+    launch(*ready.functions[1], {std::min(16384u, blocks)}, stream, args);
   }
   struct {
     const void* source;

@@ -281,7 +281,10 @@ __device__ __forceinline__ void store_piece(uint4* raw, int k, const RingGemmArg
 // 16-bit units need no rounding: copied to where they belong. A stage is handed over once kLag later ones are under way.
 __device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const Place* places, const int* reaches,
                                            uint4* tiles, Barrier* full, Barrier* empty, int thread) {
-  constexpr int kLag = RG_STAGES > 3 ? 2 : RG_STAGES - 2;
+  // Chunks that stay for all passes are only given back together, so all of them must have been handed over before the
+  // wait for the first of them.
+  constexpr int kMost = RG_RESIDENT ? RG_STAGES - RG_CHUNKS : RG_STAGES - 2;
+  constexpr int kLag = kMost < 2 ? kMost : 2;
   Cursor now;
   now.item = blockIdx.x;
   now.find(a);
@@ -685,11 +688,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
   if (threadIdx.x == 0) {
     for (int s = 0; s < RG_STAGES; ++s) {
       barrier_init(full + s, kLoaders);
-      barrier_init(empty + s, 2);
+      barrier_init(empty + s, 8);
     }
     for (int s = 0; s < RG_WEIGHT_STAGES; ++s) {
       barrier_init(weights_full + s, 1);
-      barrier_init(weights_empty + s, 2);
+      barrier_init(weights_empty + s, 8);
     }
     for (int w = 0; w < 2; ++w) {
       barrier_init(sums_full + w, 128);
@@ -704,7 +707,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
 
   if (warp < 8) {  // multiply
     const int warpgroup = warp / 4, quad = lane / 4, quarter = lane % 4;
-    const bool leader = threadIdx.x % 128 == 0;
+    const bool leader = lane == 0;  // of its warp: a warp knows of its own products only
     float* const stage = sums + warpgroup * RG_SUM_WORDS;
     RingPlace<RG_STAGES> at;
     RingPlace<RG_WEIGHT_STAGES> rows_at;
