@@ -15,7 +15,7 @@ foreach(source IN LISTS tests)
   get_filename_component(name ${source} NAME_WE)
   add_executable(${name} ${source})
   target_link_libraries(${name} PRIVATE tconv_bench tconv_options GTest::gtest_main)
-  target_compile_definitions(${name} PRIVATE TCONV_TESTS_DIR="${PROJECT_SOURCE_DIR}/tests")
+  target_compile_definitions(${name} PRIVATE TCONV_TESTS_DIR="${PROJECT_SOURCE_DIR}/tests" TCONV_CXX="${CMAKE_CXX_COMPILER}")
   gtest_discover_tests(${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
 endforeach()
 

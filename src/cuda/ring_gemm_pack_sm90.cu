@@ -26,7 +26,8 @@ extern "C" __global__ void __launch_bounds__(256)
     const storage_t* const first =
         weight + (exists ? ((group * (long long)TCONV_CI + ci) * TCONV_CO + co) * RG_NUM_TAPS : 0);
     const storage_t* const second = first + (RG_FORWARD ? TCONV_CO * RG_NUM_TAPS : RG_NUM_TAPS);
-    unsigned* const to = packed + (long long)block * (RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64) + unit * 256 + threadIdx.x;
+    unsigned* const to =
+        packed + (long long)block * (RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64) + unit * 256 + threadIdx.x;
     for (int pass = 0; pass < RG_NUM_PASSES; ++pass) {
       const int begin = rg_entry_begin[pass], count = rg_entry_begin[pass + 1] - begin;
 #pragma unroll 4

@@ -20,8 +20,8 @@ using std::int64_t;
 // left of them stores. split 1: every phase pair an item of its own.
 #define SPLITS(m, n, k, s, w) {m, n, k, s, w, 0}, {m, n, k, s, w, 1}
 #define CHUNKS(m, n, s, w) SPLITS(m, n, 8, s, w), SPLITS(m, n, 16, s, w), SPLITS(m, n, 32, s, w)
-constexpr Config kConfigs[] = {CHUNKS(64, 184, 3, 16), CHUNKS(64, 120, 7, 20),  CHUNKS(64, 120, 3, 20),
-                               CHUNKS(64, 64, 7, 20),  CHUNKS(64, 64, 3, 20),   CHUNKS(64, 32, 7, 20),
+constexpr Config kConfigs[] = {CHUNKS(64, 184, 3, 16),  CHUNKS(64, 120, 7, 20),  CHUNKS(64, 120, 3, 20),
+                               CHUNKS(64, 64, 7, 20),   CHUNKS(64, 64, 3, 20),   CHUNKS(64, 32, 7, 20),
                                CHUNKS(128, 184, 3, 16), CHUNKS(128, 120, 7, 20), CHUNKS(256, 184, 3, 16),
                                CHUNKS(256, 120, 7, 20), CHUNKS(512, 120, 7, 20), CHUNKS(512, 64, 7, 20)};
 #undef CHUNKS
@@ -30,9 +30,9 @@ constexpr Config kConfigs[] = {CHUNKS(64, 184, 3, 16), CHUNKS(64, 120, 7, 20),  
 constexpr int kMaxStagedRows = 512;  // of a tile; their table takes 8 bytes each
 constexpr int kStaticBytes = 256;    // barriers
 constexpr int kMaxWidthPhases = 16;
-constexpr int kMaxTaps = 4096;        // tables in constant memory
-constexpr int kMaxStages = 4;         // of positions
-constexpr int kWeightStages = 3;      // of 8 KiB
+constexpr int kMaxTaps = 4096;    // tables in constant memory
+constexpr int kMaxStages = 4;     // of positions
+constexpr int kWeightStages = 3;  // of 8 KiB
 constexpr int kWeightStageBytes = 8192;
 constexpr int64_t kMostElements = int64_t{1} << 31;  // offsets within an image are 32-bit
 
@@ -62,7 +62,8 @@ struct Geometry {
   int num_entries = 0, most_entries = 0, live_passes = 0, num_taps = 1;
   int width_phases = 1, num_live = 1, channels = 64, row_blocks = 1;
   std::vector<int> live;
-  int th = 1, tw = 1, group_rows = 0, group_columns = 0, columns = 8;  // of a warpgroup; columns: positions of a product
+  int th = 1, tw = 1, group_rows = 0, group_columns = 0,
+      columns = 8;  // of a warpgroup; columns: positions of a product
   Columns staged[3];
   int positions = 0, plane = 0, span_begin = 0, span = 0;
   bool vector = false, resident = false;
@@ -206,8 +207,11 @@ Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& con
   const double units = loads * (config.block_k / 4) * g.positions;
   // 16 bytes staged: bound by the copies under way, or by the instructions of the threads that gather word by word.
   const bool many = config.stages == 7;
-  const bool gathers = problem.layout == Layout::contiguous && (!g.vector || volume(g.forward ? problem.input : output_size(problem)) % 4 != 0);
-  const double unit = !gathers ? (many ? 0.7 : 0.85) : size_of(problem.dtype) == 2 ? (many ? 1.3 : 2.6) : (many ? 0.8 : 1.3);
+  const bool gathers = problem.layout == Layout::contiguous &&
+                       (!g.vector || volume(g.forward ? problem.input : output_size(problem)) % 4 != 0);
+  const double unit = !gathers                      ? (many ? 0.7 : 0.85)
+                      : size_of(problem.dtype) == 2 ? (many ? 1.3 : 2.6)
+                                                    : (many ? 0.8 : 1.3);
   cost.load = units * unit;
   double math = 0;
   for (const Op& op : epilogue.ops)
@@ -269,36 +273,42 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
           t.stage_pitch = static_cast<int>(ceil_div(t.channels, 4) * 4 + 4);
           t.sum_words = points * t.stage_pitch;
         } else {
-          t.stage_pitch = static_cast<int>(t.num_live == 2 && t.width_phases == 2
-                                               ? ceil_div(points - 16, 32) * 32 + 16
-                                               : ceil_div(points - 8, 32) * 32 + 8);
+          t.stage_pitch = static_cast<int>(t.num_live == 2 && t.width_phases == 2 ? ceil_div(points - 16, 32) * 32 + 16
+                                                                                  : ceil_div(points - 8, 32) * 32 + 8);
           // Rows beyond the channels are stored as well where every row is a channel.
-          t.sum_words = (t.num_live == 1 && t.width_phases == 1 ? 64 : t.num_live == 2 && t.width_phases == 2 ? 32 : t.channels) *
+          t.sum_words = (t.num_live == 1 && t.width_phases == 1   ? 64
+                         : t.num_live == 2 && t.width_phases == 2 ? 32
+                                                                  : t.channels) *
                         t.stage_pitch;
         }
         const int64_t stage_bytes = int64_t{config.block_k / 4} * plane * 16;
         // Copies under way: about 20 KiB hide the latency of memory; 16-bit channels_last goes straight to the stages.
-        t.slots = config.stages == 7 || (problem.layout == Layout::channels_last && size_of(problem.dtype) == 2) ? 1 : 2;
+        t.slots =
+            config.stages == 7 || (problem.layout == Layout::channels_last && size_of(problem.dtype) == 2) ? 1 : 2;
         const int64_t slot_bytes = int64_t{132} * 32 * config.stages;
         const auto [low_w, high_w] = std::minmax_element(columns.base.begin(), columns.base.end());
         t.span_begin = *low_w;
         t.span = *high_w - *low_w + (columns.length - 1) * t.source_step[2] + 1;
         const int64_t place_bytes = 8 * std::max<int64_t>(positions, rows * ceil_div(t.span + 3, 8));
-        const int64_t left = limit - 4 * rows - static_cast<int64_t>(weight_bytes) - int64_t{8} * t.sum_words - t.slots * slot_bytes - place_bytes - 16;
+        const int64_t left = limit - 4 * rows - static_cast<int64_t>(weight_bytes) - int64_t{8} * t.sum_words -
+                             t.slots * slot_bytes - place_bytes - 16;
         if (left < 2 * stage_bytes) continue;
         const int passes_of_item = config.split ? 1 : t.live_passes;
         t.stages = static_cast<int>(std::min<int64_t>(left / stage_bytes, kMaxStages));
         t.resident = passes_of_item > 1 && left / stage_bytes > t.chunks;
         if (t.resident) t.stages = static_cast<int>(std::min<int64_t>(left / stage_bytes, std::max(2 * t.chunks, 2)));
-        t.vector = problem.layout == Layout::channels_last ? g.k % (16 / static_cast<int>(size_of(problem.dtype))) == 0
-                                                           : t.span <= 2 * static_cast<int>(columns.base.size()) * columns.length;
+        t.vector = problem.layout == Layout::channels_last
+                       ? g.k % (16 / static_cast<int>(size_of(problem.dtype))) == 0
+                       : t.span <= 2 * static_cast<int>(columns.base.size()) * columns.length;
         const auto [low_d, high_d] = reach_of(t, 0);
         const auto [low_h, high_h] = reach_of(t, 1);
         // Relative rows are kept in 16 bits, their elements in 32.
         if (high_d - low_d >= 32768 || high_h - low_h >= 32768) continue;
         const int64_t row_elements =
-            t.source_size[2] * (problem.layout == Layout::channels_last || t.rows_are_images ? int64_t{g.k} * problem.groups : 1);
-        const int64_t farthest = std::max(std::abs(low_d), std::abs(high_d)) * t.source_size[1] + std::max(std::abs(low_h), std::abs(high_h));
+            t.source_size[2] *
+            (problem.layout == Layout::channels_last || t.rows_are_images ? int64_t{g.k} * problem.groups : 1);
+        const int64_t farthest = std::max(std::abs(low_d), std::abs(high_d)) * t.source_size[1] +
+                                 std::max(std::abs(low_h), std::abs(high_h));
         if (farthest * row_elements >= kMostElements) continue;
         t.shared_bytes = static_cast<std::size_t>(t.stages * stage_bytes) + weight_bytes +
                          8 * static_cast<std::size_t>(t.sum_words) +
@@ -377,8 +387,7 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
 std::vector<Unit> units(const Step& step) {
   const Problem& problem = step.problem;
   const Config& config = step.config;
-  const Geometry g =
-      geometry(problem, step.epilogue, step.device, config, layer_geometry(problem, fold_of(config)));
+  const Geometry g = geometry(problem, step.epilogue, step.device, config, layer_geometry(problem, fold_of(config)));
   std::ostringstream text;
   text << layer_prelude(step);
   auto define = [&text](const char* name, auto value) { text << "#define " << name << ' ' << value << '\n'; };
@@ -492,8 +501,7 @@ void prepare_launch(Step& step) {
 }
 
 // Elements between neighbours of a tensor with `channels` channels: images, depths, rows, and channels or positions.
-void strides_of(long long (&stride)[4], const Problem& problem, const Geometry& g, int64_t channels,
-                const Dims& size) {
+void strides_of(long long (&stride)[4], const Problem& problem, const Geometry& g, int64_t channels, const Dims& size) {
   const int64_t plane = volume(size);
   const bool last = problem.layout == Layout::channels_last;
   stride[0] = channels * plane;
@@ -544,8 +552,8 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   const auto address = reinterpret_cast<std::uintptr_t>(args.source);
   const int64_t unit = 16 / static_cast<int64_t>(size_of(problem.dtype));
   // contiguous: planes are multiples of 4 elements, so that a row starts alike in all channels
-  args.vector_loads = problem.layout == Layout::channels_last ? address % 16 == 0 && g.k % unit == 0
-                                                              : volume(source) % 4 == 0;
+  args.vector_loads =
+      problem.layout == Layout::channels_last ? address % 16 == 0 && g.k % unit == 0 : volume(source) % 4 == 0;
   const int64_t wide = 16 / static_cast<int64_t>(size_of(step.epilogue.output_dtype.value_or(problem.dtype)));
   const auto to = reinterpret_cast<std::uintptr_t>(tensors.output);
   args.wide_stores = problem.layout == Layout::channels_last ? to % 16 == 0 && g.n % wide == 0 && g.channels % wide == 0

@@ -36,7 +36,7 @@ constexpr int kPlane = RG_PLANE;  // positions of a plane, with room for the run
 constexpr int kStageUnits = kUnits * kPlane;
 constexpr int kSums = RG_N / 2;
 constexpr int kEntryWords = RG_KC * 64;  // packed rows of one entry and chunk
-constexpr int kSlots = RG_SLOTS;  // pieces of 128 bytes that a loading thread has under way
+constexpr int kSlots = RG_SLOTS;         // pieces of 128 bytes that a loading thread has under way
 
 struct RingGemmArgs {
   const storage_t* source;
@@ -52,7 +52,7 @@ struct RingGemmArgs {
   int tiles_d, tiles_h, tiles_w;
   unsigned items;
   int vector_loads;  // contiguous: planes are multiples of 4 elements; channels_last: 16-byte units are aligned
-  int wide_stores;   // contiguous: 16-bit rows start on 4-byte boundaries; channels_last: 16 bytes of results are aligned
+  int wide_stores;  // contiguous: 16-bit rows start on 4-byte boundaries; channels_last: 16 bytes of results are aligned
   Operands operands;
 };
 
@@ -263,8 +263,8 @@ __device__ __forceinline__ void load_piece(uint4* raw, int k, const RingGemmArgs
 }
 
 template <bool kVector>
-__device__ __forceinline__ void store_piece(uint4* raw, int k, const RingGemmArgs&, const Cursor&,
-                                            int piece, int thread, uint4* tile) {
+__device__ __forceinline__ void store_piece(uint4* raw, int k, const RingGemmArgs&, const Cursor&, int piece,
+                                            int thread, uint4* tile) {
   const int u0 = piece % kLanesAside * kAside;
 #pragma unroll
   for (int i = 0; i < kApart; ++i) {
@@ -279,8 +279,8 @@ __device__ __forceinline__ void store_piece(uint4* raw, int k, const RingGemmArg
 }
 
 // 16-bit units need no rounding: copied to where they belong. A stage is handed over once kLag later ones are under way.
-__device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const Place* places, const int* reaches,
-                                           uint4* tiles, Barrier* full, Barrier* empty, int thread) {
+__device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const Place* places, const int* reaches, uint4* tiles,
+                                           Barrier* full, Barrier* empty, int thread) {
   // Chunks that stay for all passes are only given back together, so all of them must have been handed over before the
   // wait for the first of them.
   constexpr int kMost = RG_RESIDENT ? RG_STAGES - RG_CHUNKS : RG_STAGES - 2;
@@ -377,10 +377,9 @@ __device__ __forceinline__ void store_vector(unsigned place, int v, const unsign
       unit = rounded(raw[i], raw[4 + i], raw[8 + i], raw[12 + i]);
 #else
       const unsigned select = i % 2 ? 0x7632 : 0x5410;  // the high or the low halves
-      unit = make_uint4(__byte_perm(raw[i / 2], raw[2 + i / 2], select),
-                        __byte_perm(raw[4 + i / 2], raw[6 + i / 2], select),
-                        __byte_perm(raw[8 + i / 2], raw[10 + i / 2], select),
-                        __byte_perm(raw[12 + i / 2], raw[14 + i / 2], select));
+      unit = make_uint4(
+          __byte_perm(raw[i / 2], raw[2 + i / 2], select), __byte_perm(raw[4 + i / 2], raw[6 + i / 2], select),
+          __byte_perm(raw[8 + i / 2], raw[10 + i / 2], select), __byte_perm(raw[12 + i / 2], raw[14 + i / 2], select));
 #endif
     }
     if (RG_SRC_W == 1 && RG_NPW == 1) {
@@ -411,10 +410,10 @@ __device__ __forceinline__ void load_gathered(uint4* raw, int k, const RingGemmA
   for (int i = 0; i < kApart; ++i) {
     const int p = position_of(piece, i);
     const Place place = places[p < kPositions ? p : 0];
-    const bool inside = at.valid && p < kPositions &&
-                        (at.interior || (at.row_inside(a, reaches[place.where >> 16]) &&
-                                         (unsigned)(at.w0 + RG_SPAN_BEGIN + (int)(place.where & 0xffff)) <
-                                             (unsigned)a.source_w));
+    const bool inside =
+        at.valid && p < kPositions &&
+        (at.interior || (at.row_inside(a, reaches[place.where >> 16]) &&
+                         (unsigned)(at.w0 + RG_SPAN_BEGIN + (int)(place.where & 0xffff)) < (unsigned)a.source_w));
     const storage_t* from = at.origin + place.offset + u * kPerUnit * a.source_inner;
     storage_t* to = reinterpret_cast<storage_t*>(landing(raw, k, i * kPerUnit * sizeof(storage_t) / 16, thread));
 #pragma unroll
@@ -450,8 +449,8 @@ __device__ __forceinline__ void load_piece(uint4* raw, int k, const RingGemmArgs
 }
 
 template <bool kVector>
-__device__ __forceinline__ void store_piece(uint4* landed, int k, const RingGemmArgs& a,
-                                            const Cursor& at, int piece, int thread, uint4* tile) {
+__device__ __forceinline__ void store_piece(uint4* landed, int k, const RingGemmArgs& a, const Cursor& at, int piece,
+                                            int thread, uint4* tile) {
   constexpr int kParts = kVector ? 2 : 1;
   unsigned raw[kParts][16];
 #pragma unroll
@@ -477,8 +476,8 @@ __device__ __forceinline__ void store_piece(uint4* landed, int k, const RingGemm
 #endif
 
 template <bool kVector>
-__device__ __forceinline__ void load_tiles(const RingGemmArgs& a, const Place* places, const int* reaches,
-                                           uint4* raw, uint4* tiles, Barrier* full, Barrier* empty, int thread) {
+__device__ __forceinline__ void load_tiles(const RingGemmArgs& a, const Place* places, const int* reaches, uint4* raw,
+                                           uint4* tiles, Barrier* full, Barrier* empty, int thread) {
 #if TCONV_CHANNELS_LAST
   constexpr int kCount = kPieces;
 #else
@@ -591,8 +590,9 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
 #pragma unroll
       for (int e = 4 * e4; e < 4 * e4 + 4; ++e)
         results.item[e] =
-            e < count ? narrow<output_t>(tconv_epilogue<float>(x[e % 4] + bias[e], channel + e, element + e, a.operands))
-                      : output_t();
+            e < count
+                ? narrow<output_t>(tconv_epilogue<float>(x[e % 4] + bias[e], channel + e, element + e, a.operands))
+                : output_t();
     }
     if (whole) {
       *reinterpret_cast<Pack<output_t, kWide>*>(a.result + element) = results;
@@ -673,14 +673,13 @@ __device__ __forceinline__ void loaders_barrier() { asm volatile("bar.sync 1, %0
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGemmArgs a) {
   extern __shared__ __align__(128) uint4 shared[];
-  __shared__ Barrier full[RG_STAGES], empty[RG_STAGES];                          // positions
+  __shared__ Barrier full[RG_STAGES], empty[RG_STAGES];  // positions
   __shared__ Barrier weights_full[RG_WEIGHT_STAGES], weights_empty[RG_WEIGHT_STAGES];
   __shared__ Barrier sums_full[2], sums_empty[2];
   __shared__ int reaches[kRows];
   uint4* const tiles = shared;
   unsigned* const weights = reinterpret_cast<unsigned*>(shared + RG_STAGES * kStageUnits);
-  float* const sums =
-      reinterpret_cast<float*>(weights + RG_WEIGHT_STAGES * RG_ENTRIES_PER_STAGE * kEntryWords);
+  float* const sums = reinterpret_cast<float*>(weights + RG_WEIGHT_STAGES * RG_ENTRIES_PER_STAGE * kEntryWords);
   uint4* const raw = reinterpret_cast<uint4*>(sums + 2 * RG_SUM_WORDS);
   Place* const places = reinterpret_cast<Place*>(raw + kSlots * 8 * kLoaders + (kSlots * kLoaders + 3) / 4);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -800,7 +799,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
       const Item item = locate(a, index);
       for (int pass = item.pass_begin; pass < item.pass_end; ++pass) {
         const bool taps = rg_entry_begin[pass] < rg_entry_begin[pass + 1];
-        for (int warpgroup = RG_STORE_GROUPS == 2 ? (warp - kWeightWarp - 1) / 4 : 0; warpgroup < 2; warpgroup += RG_STORE_GROUPS) {
+        for (int warpgroup = RG_STORE_GROUPS == 2 ? (warp - kWeightWarp - 1) / 4 : 0; warpgroup < 2;
+             warpgroup += RG_STORE_GROUPS) {
           if (taps) barrier_wait(sums_full + warpgroup, parity);
           if (taps)
             store_run<true>(a, item, pass, warpgroup, sums + warpgroup * RG_SUM_WORDS, storer);

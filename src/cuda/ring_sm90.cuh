@@ -9,7 +9,9 @@
 using Barrier = unsigned long long;
 
 // Makes initialised barriers visible to the copy engine; then a barrier of the block.
-__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 // Arrives, and lets the phase wait for so many bytes.
 __device__ __forceinline__ void barrier_expect(Barrier* barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)

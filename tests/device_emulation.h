@@ -1,0 +1,258 @@
+// device_emulation.h — CUDA and the instructions of Hopper that the kernels use, on the CPU: a thread of the device is a
+// thread of the host, a block at a time. Made for checking what a kernel computes and that its roles never wait for each
+// other in vain, on a machine without a GPU; it says nothing about time.
+//
+// Copies by cp.async are done when they are waited for, products of a warpgroup likewise, so that reading too early or
+// giving back a stage too early shows. Not covered: memory ordering, and what only registers or banks decide.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <barrier>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+#define __global__
+#define __constant__ static
+#define __launch_bounds__(...)
+#define __shared__ static
+
+using std::max;
+using std::min;
+
+struct uint4 {
+  unsigned x, y, z, w;
+};
+struct uint2 {
+  unsigned x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+struct EmulatedIndex {
+  unsigned x;
+};
+static thread_local EmulatedIndex threadIdx;
+static EmulatedIndex blockIdx, gridDim;
+
+template <typename To, typename From>
+To emulated_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+inline unsigned __float_as_uint(float x) { return emulated_bits<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return emulated_bits<float>(x); }
+inline float __int_as_float(int x) { return emulated_bits<float>(x); }
+inline double __longlong_as_double(long long x) { return emulated_bits<double>(x); }
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const unsigned long long both = static_cast<unsigned long long>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+  return result;
+}
+
+[[noreturn]] inline void emulated_failure(const char* what) {
+  std::printf("thread %u of block %u: %s\n", threadIdx.x, blockIdx.x, what);
+  std::fflush(stdout);
+  std::_Exit(3);
+}
+
+// Shared memory. Addresses are offsets in it, so that they fit a matrix descriptor.
+alignas(1024) static unsigned char emulated_memory[232448 + 4096];
+inline unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(static_cast<const unsigned char*>(pointer) - emulated_memory);
+}
+
+// mbarriers
+struct EmulatedBarrier {
+  std::mutex mutex;
+  std::condition_variable flipped;
+  int expected = 0, pending = 0;
+  unsigned phase = 0;
+  long bytes = 0;
+  void check() {
+    if (pending != 0 || bytes != 0) return;
+    phase ^= 1;
+    pending = expected;
+    flipped.notify_all();
+  }
+};
+static std::map<const void*, std::unique_ptr<EmulatedBarrier>> emulated_barriers;
+inline void barrier_init(unsigned long long* barrier, int arrivals) {
+  auto& made = emulated_barriers[barrier] = std::make_unique<EmulatedBarrier>();
+  made->expected = made->pending = arrivals;
+}
+inline void barrier_init_done() {}
+inline void emulated_arrive(unsigned long long* barrier, int arrivals, long bytes) {
+  EmulatedBarrier& at = *emulated_barriers.at(barrier);
+  std::lock_guard lock(at.mutex);
+  if (at.pending < arrivals) emulated_failure("more arrivals than a barrier expects");
+  at.pending -= arrivals;
+  at.bytes += bytes;
+  at.check();
+}
+inline void barrier_arrive(unsigned long long* barrier) { emulated_arrive(barrier, 1, 0); }
+inline void barrier_expect(unsigned long long* barrier, unsigned bytes) { emulated_arrive(barrier, 1, bytes); }
+inline void barrier_wait(unsigned long long* barrier, unsigned parity) {
+  EmulatedBarrier& at = *emulated_barriers.at(barrier);
+  std::unique_lock lock(at.mutex);
+  if (!at.flipped.wait_for(lock, std::chrono::seconds(60), [&] { return at.phase != parity; }))
+    emulated_failure("waits for a barrier in vain");
+}
+inline void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
+  if (shared_address(to) % 16 != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)
+    emulated_failure("alignment of a bulk copy");
+  std::memcpy(to, from, bytes);
+  emulated_arrive(barrier, 0, -static_cast<long>(bytes));
+}
+
+// cp.async
+struct EmulatedCopy {
+  void* to;
+  const void* from;
+  int bytes;
+  bool valid;
+};
+static thread_local std::vector<EmulatedCopy> emulated_group;
+static thread_local std::deque<std::vector<EmulatedCopy>> emulated_groups;
+template <int kBytes>
+void copy_async(void* to, const void* from, bool valid) {
+  if (shared_address(to) % kBytes != 0 || (valid && reinterpret_cast<std::uintptr_t>(from) % kBytes != 0))
+    emulated_failure("alignment of a copy");
+  emulated_group.push_back({to, from, kBytes, valid});
+}
+inline void copy_async_commit() { emulated_groups.push_back(std::exchange(emulated_group, {})); }
+template <int kPending>
+void copy_async_wait() {
+  for (; static_cast<int>(emulated_groups.size()) > kPending; emulated_groups.pop_front())
+    for (const EmulatedCopy& copy : emulated_groups.front())
+      copy.valid ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
+}
+
+// 16-bit types
+inline float emulated_f16(unsigned short bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size =
+      exponent != 0 ? std::ldexp(1 + fraction / 1024.f, exponent - 15) : std::ldexp(fraction / 1024.f, -14);
+  return bits >> 15 ? -size : size;
+}
+inline unsigned short emulated_f16_of(float x) {  // of values that have one, as the tests use them
+  if (x == 0) return 0;
+  int exponent = 0;
+  const float fraction = std::frexp(std::fabs(x), &exponent);
+  const auto low = static_cast<unsigned>(std::lround((fraction * 2 - 1) * 1024));
+  return static_cast<unsigned short>((x < 0) << 15 | (exponent + 14) << 10 | low);
+}
+inline float emulated_bf16(unsigned short bits) { return emulated_bits<float>(static_cast<unsigned>(bits) << 16); }
+inline unsigned short emulated_bf16_of(float x) {
+  const unsigned bits = emulated_bits<unsigned>(x);
+  return static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline unsigned to_tf32(float x) { return emulated_bits<unsigned>(x); }
+inline unsigned nearest(unsigned x) { return x; }
+
+// Products of a warpgroup, both operands in shared memory, k contiguous, no swizzle.
+enum class EmulatedType { tf32, f16, bf16 };
+inline float emulated_element(unsigned address, EmulatedType type) {
+  if (type == EmulatedType::tf32) {
+    unsigned bits = 0;
+    std::memcpy(&bits, emulated_memory + address, 4);
+    return emulated_bits<float>(bits & ~0x1fffu);
+  }
+  unsigned short bits = 0;
+  std::memcpy(&bits, emulated_memory + address, 2);
+  return type == EmulatedType::f16 ? emulated_f16(bits) : emulated_bf16(bits);
+}
+struct EmulatedOperand {
+  unsigned first, along_k, along_rows;
+  explicit EmulatedOperand(unsigned long long descriptor)
+      : first((descriptor & 0x3fff) << 4),
+        along_k((descriptor >> 16 & 0x3fff) << 4),
+        along_rows((descriptor >> 32 & 0x3fff) << 4) {}
+  float at(int row, int k, EmulatedType type) const {
+    const int per_unit = type == EmulatedType::tf32 ? 4 : 8;
+    return emulated_element(
+        first + k / per_unit * along_k + row / 8 * along_rows + row % 8 * 16 + k % per_unit * (16 / per_unit), type);
+  }
+};
+static thread_local std::vector<std::function<void()>> emulated_products;
+static thread_local std::deque<std::vector<std::function<void()>>> emulated_product_groups;
+static std::unique_ptr<std::barrier<>> emulated_block, emulated_loaders, emulated_warps[32];
+template <int kSums>
+void emulated_wgmma(float (&sum)[kSums], unsigned long long rows, unsigned long long columns, bool accumulate,
+                    EmulatedType type) {
+  float* const to = sum;
+  const int warp = threadIdx.x % 128 / 32, quad = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
+  emulated_products.push_back([=] {
+    const EmulatedOperand a(rows), b(columns);
+    const int depth = type == EmulatedType::tf32 ? 8 : 16;
+    for (int n = 0; n < kSums / 4; ++n)
+      for (int r = 0; r < 4; ++r) {
+        float value = accumulate ? to[4 * n + r] : 0;
+        for (int k = 0; k < depth; ++k)
+          value += a.at(warp * 16 + quad + r / 2 * 8, k, type) * b.at(n * 8 + quarter * 2 + r % 2, k, type);
+        to[4 * n + r] = value;
+      }
+  });
+}
+inline void wgmma_fence() {}
+inline void fence_shared_for_wgmma() {}
+inline void wgmma_commit() { emulated_product_groups.push_back(std::exchange(emulated_products, {})); }
+template <int kPending>
+void wgmma_wait() {
+  emulated_warps[threadIdx.x / 32]->arrive_and_wait();
+  for (; static_cast<int>(emulated_product_groups.size()) > kPending; emulated_product_groups.pop_front())
+    for (const auto& product : emulated_product_groups.front()) product();
+  emulated_warps[threadIdx.x / 32]->arrive_and_wait();
+}
+inline void __syncthreads() { emulated_block->arrive_and_wait(); }
+inline void loaders_barrier() { emulated_loaders->arrive_and_wait(); }
+
+// One block after the other, each with memory that holds NaN.
+template <typename Kernel>
+void emulated_launch(unsigned blocks, int threads, int loaders, const Kernel& kernel) {
+  gridDim.x = blocks;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    emulated_barriers.clear();
+    std::memset(emulated_memory, 0xff, sizeof emulated_memory);
+    emulated_block = std::make_unique<std::barrier<>>(threads);
+    emulated_loaders = std::make_unique<std::barrier<>>(loaders);
+    for (auto& warp : emulated_warps) warp = std::make_unique<std::barrier<>>(32);
+    std::vector<std::thread> running;
+    for (int thread = 0; thread < threads; ++thread)
+      running.emplace_back([&, thread] {
+        threadIdx.x = static_cast<unsigned>(thread);
+        kernel();
+      });
+    for (std::thread& thread : running) thread.join();
+  }
+}

@@ -1,0 +1,177 @@
+// Kernels whose warps wait for each other run here on the CPU, from the very source that NVRTC compiles: what they compute
+// is compared exactly, and a wait in vain ends the test. device_emulation.h says what is covered.
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <sstream>
+
+#include "cuda/driver.h"
+#include "planner.h"
+
+namespace tconv {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::size_t behind(const std::string& text, std::size_t open, char left, char right) {
+  int depth = 0;
+  bool quoted = false;
+  for (std::size_t i = open; i < text.size(); ++i) {
+    if (quoted) {
+      if (text[i] == '\\')
+        ++i;
+      else
+        quoted = text[i] != '"';
+    } else if (text[i] == '"') {
+      quoted = true;
+    } else if (text[i] == left) {
+      ++depth;
+    } else if (text[i] == right && --depth == 0) {
+      return i + 1;
+    }
+  }
+  throw std::runtime_error("unbalanced device source");
+}
+
+void replace_all(std::string& text, const std::string& from, const std::string& to) {
+  for (std::size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size())
+    text.replace(at, from.size(), to);
+}
+
+// Device text for a host compiler: no #line, no assembly, and none of the functions that device_emulation.h has instead.
+std::string on_host(std::string text) {
+  std::string lines;
+  std::istringstream stream(text);
+  for (std::string line; std::getline(stream, line);)
+    if (!line.starts_with("#line")) lines += line + '\n';
+  text = std::move(lines);
+  for (const char* start : {"asm volatile(", "asm("})
+    for (std::size_t at = 0; (at = text.find(start, at)) != std::string::npos;) {
+      const std::size_t open = at + std::string(start).size() - 1;
+      text.replace(at, text.find(';', behind(text, open, '(', ')')) + 1 - at, ";");
+    }
+  for (const char* name :
+       {"shared_address", "barrier_init", "barrier_init_done", "barrier_arrive", "barrier_expect", "barrier_wait",
+        "copy_bulk", "copy_async", "copy_async_commit", "copy_async_wait", "wgmma_fence", "wgmma_commit", "wgmma_wait",
+        "fence_shared_for_wgmma", "loaders_barrier", "to_tf32", "nearest", "wgmma_shared"}) {
+    const std::string call = ' ' + std::string(name) + '(';
+    for (std::size_t at = 0; (at = text.find(call, at)) != std::string::npos; ++at) {
+      std::size_t begin = text.rfind('\n', at) + 1;
+      if (text.compare(begin, 10, "__device__") != 0) continue;
+      const std::size_t above = text.rfind('\n', begin - 2) + 1;
+      if (text.compare(above, 8, "template") == 0) begin = above;
+      const std::size_t body = text.find('{', behind(text, at + call.size() - 1, '(', ')'));
+      text.erase(begin, behind(text, body, '{', '}') - begin);
+      at = begin;
+    }
+  }
+  const std::size_t widen = text.find("__device__ __forceinline__ float widen(f16_t x)");
+  text.replace(widen, behind(text, text.find('{', widen), '{', '}') - widen,
+               "inline float widen(f16_t x) { return emulated_f16(x.bits); }");
+  replace_all(text, "return Narrow<S>::of(x);", "return emulated_narrow<S>(x);");
+  replace_all(text, "template <typename S, typename A>\n",
+              "template <typename S> S emulated_narrow(float x);\n"
+              "template <typename S, typename A>\n");
+  replace_all(text, "extern __shared__ __align__(128) uint4 shared[];",
+              "uint4* shared = reinterpret_cast<uint4*>(emulated_memory);");
+  replace_all(text, "extern \"C\" __global__ void", "void");
+  return text;
+}
+
+std::string definition(const std::string& text, const std::string& name) {
+  const std::string start = "#define " + name + ' ';
+  const std::size_t at = text.find(start);
+  if (at == std::string::npos) throw std::runtime_error("the prelude does not define " + name);
+  return text.substr(at + start.size(), text.find('\n', at) - at - start.size());
+}
+
+std::string list(const Dims& dims) {
+  return std::to_string(dims[0]) + ',' + std::to_string(dims[1]) + ',' + std::to_string(dims[2]);
+}
+
+// The complete program of ring_gemm_sm90 on a problem: emulation, device source, weights' packing, main.
+std::string program(const Problem& problem, const Step& step, int offset) {
+  const std::vector<Unit> units = step.kernel->units(step);
+  const std::string kernel = on_host(cuda::program_text(units[0])), packing = on_host(cuda::program_text(units[1]));
+  const std::string type = problem.dtype == DType::f32 ? "tf32" : problem.dtype == DType::f16 ? "f16" : "bf16";
+  std::ostringstream text;
+  text << "#include \"device_emulation.h\"\n"
+       << "inline void wgmma_shared(float (&sum)[" << definition(kernel, "RG_N") << " / 2], unsigned long long a, "
+       << "unsigned long long b, int accumulate) { emulated_wgmma(sum, a, b, accumulate != 0, EmulatedType::" << type
+       << "); }\n"
+       << kernel << "template <> float emulated_narrow<float>(float x) { return x; }\n"
+       << "template <> f16_t emulated_narrow<f16_t>(float x) { return {emulated_f16_of(x)}; }\n"
+       << "template <> bf16_t emulated_narrow<bf16_t>(float x) { return {emulated_bf16_of(x)}; }\n"
+       << "#define RG_ENTRY_TAP " << definition(packing, "RG_ENTRY_TAP") << "\nnamespace pack {\n"
+       << packing.substr(packing.find("__constant__ int rg_entry_begin")) << "}\n"
+       << "#define EMULATED_BATCH " << problem.batch << "\n#define EMULATED_OFFSET " << offset
+       << "\n#define EMULATED_INPUT " << list(problem.input) << "\n#define EMULATED_OUTPUT "
+       << list(output_size(problem)) << "\n#include \"ring_gemm_emulation.h\"\n";
+  return text.str();
+}
+
+struct Case {
+  const char* problem;
+  const char* config;  // empty: the planner's
+  int offset = 0;      // elements that tensors begin behind a 16-byte boundary
+};
+
+void PrintTo(const Case& given, std::ostream* out) { *out << given.config << " on " << given.problem; }
+
+class Emulation : public testing::TestWithParam<Case> {};
+
+TEST_P(Emulation, RingGemm) {
+  const Case& given = GetParam();
+  const auto [problem, epilogue] = parse_problem_and_epilogue(given.problem);
+  const std::string only = std::string("ring_gemm_sm90") + (*given.config != 0 ? ":" : "") + given.config;
+  const auto chosen = plan(problem, epilogue, known_device("h200"), only);
+  const std::string text = program(problem, chosen->steps[static_cast<std::size_t>(chosen->conv_step)], given.offset);
+
+  char folder[] = "/tmp/tconv_emulation_XXXXXX";
+  ASSERT_NE(mkdtemp(folder), nullptr);
+  const fs::path path(folder);
+  std::ofstream(path / "program.cpp") << text;
+  const std::string build = std::string(TCONV_CXX) + " -std=c++20 -O1 -w -pthread -I" TCONV_TESTS_DIR " " +
+                            (path / "program.cpp").string() + " -o " + (path / "program").string() + " 2>" +
+                            (path / "errors").string();
+  auto content = [&](const char* name) {
+    std::ifstream file(path / name);
+    return std::string(std::istreambuf_iterator<char>(file), {});
+  };
+  const bool built = std::system(build.c_str()) == 0;
+  EXPECT_TRUE(built) << content("errors").substr(0, 3000);
+  if (built) {
+    const int status = std::system(((path / "program").string() + " >" + (path / "output").string()).c_str());
+    EXPECT_EQ(status, 0) << only << " on " << given.problem << '\n' << content("output");
+  }
+  fs::remove_all(path);
+}
+
+// Vector and gathered staging, both layouts, resident and reloaded chunks, folded widths, passes as items, empty passes,
+// images as rows, runs side by side, three and seven warps that load, odd offsets.
+INSTANTIATE_TEST_SUITE_P(Cases, Emulation,
+                         testing::Values(Case{"2d b2 c64>64 i19x44 t3x3 tf32 | bias", "64x184x16,s3,w16"},
+                                         Case{"2d c64>64 i18x44 t3x3 grad_input tf32", "64x120x16,s7,w20", 1},
+                                         Case{"2d c20>24 i15x41 t3x3 f16", "64x64x16,s3,w20", 3},
+                                         Case{"2d c64>72 i16x42 t3x3 f16", ""},
+                                         Case{"2d c64>64 i15x41 t3x3 f16 channels_last | bias", ""},
+                                         Case{"2d c64>40 i15x21 t3x3 tf32 channels_last", ""},
+                                         Case{"2d c48>21 i15x21 t3x3 bf16 channels_last grad_input", ""},
+                                         Case{"3d c32>32 i3x8x12 t3x3x3 s2 p1 tf32", "64x120x16,s3,w20"},
+                                         Case{"3d c64>64 i3x6x9 t3x3x3 s2 p1 f16 channels_last", "64x64x16,s3,w20"},
+                                         Case{"3d c32>32 i4x8x12 t3x3x3 s2 p1 op1 grad_input tf32", ""},
+                                         Case{"3d c32>64 i3x5x8 t3x3x3 s2 p1 d2 tf32", "64x32x16,s7,w20,k1"},
+                                         Case{"2d b2 c32>64 i8x12 t3x3 s5 p1 d2 tf32 | bias", ""},
+                                         Case{"1d b5 c64>32 i60 t16 s8 p4 tf32", ""},
+                                         Case{"1d c64>32 i200 t16 s8 p4 f16", ""},
+                                         Case{"2d c56>1 i12x16 t9x9 s4 p4 op3 tf32", "256x120x8,s7,w20"},
+                                         Case{"2d b2 g2 c32>16 i16x20 t3x3 tf32", ""}));
+
+}  // namespace
+}  // namespace tconv

@@ -1,0 +1,128 @@
+// ring_gemm_emulation.h — main program of an emulated ring_gemm_sm90: small whole numbers as data, every result compared
+// exactly with plain loops, results filled with NaN before. Included behind the device source; EMULATED_* are given on
+// the command line of the compiler by emulation_test.cpp.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+namespace {
+
+float value_of(float x) { return x; }
+float value_of(f16_t x) { return emulated_f16(x.bits); }
+float value_of(bf16_t x) { return emulated_bf16(x.bits); }
+void assign(float& to, float x) { to = x; }
+void assign(f16_t& to, float x) { to.bits = emulated_f16_of(x); }
+void assign(bf16_t& to, float x) { to.bits = emulated_bf16_of(x); }
+
+// Elements that begin EMULATED_OFFSET behind a 16-byte boundary.
+template <typename T>
+struct Buffer {
+  std::vector<unsigned char> bytes;
+  T* first;
+  explicit Buffer(long long elements)
+      : bytes(static_cast<std::size_t>(elements) * sizeof(T) + 64, 0xff),
+        first(reinterpret_cast<T*>((reinterpret_cast<std::uintptr_t>(bytes.data()) + 15) / 16 * 16) + EMULATED_OFFSET) {
+  }
+};
+
+int small_number() {
+  static unsigned long long state = 12345;
+  state = state * 6364136223846793005ull + 1442695040888963407ull;
+  return static_cast<int>((state >> 33) % 5) - 2;
+}
+
+}  // namespace
+
+int main() {
+  const long long batch = EMULATED_BATCH, input[3] = {EMULATED_INPUT}, output[3] = {EMULATED_OUTPUT};
+  const int kernel[3] = {TCONV_K0, TCONV_K1, TCONV_K2}, stride[3] = {TCONV_S0, TCONV_S1, TCONV_S2};
+  const int padding[3] = {TCONV_P0, TCONV_P1, TCONV_P2}, dilation[3] = {TCONV_D0, TCONV_D1, TCONV_D2};
+  const bool forward = RG_FORWARD, last = TCONV_CHANNELS_LAST, images = TCONV_RANK == 1;
+  const long long* const source = forward ? input : output;
+  const long long* const result = forward ? output : input;
+  const int source_channels = (forward ? TCONV_CI : TCONV_CO) * TCONV_GROUPS;
+  const int result_channels = (forward ? TCONV_CO : TCONV_CI) * TCONV_GROUPS;
+  const long long source_plane = source[0] * source[1] * source[2], result_plane = result[0] * result[1] * result[2];
+  const long long weights = static_cast<long long>(TCONV_CI) * TCONV_GROUPS * TCONV_CO * RG_NUM_TAPS;
+
+  Buffer<storage_t> x(batch * source_channels * source_plane), bias(result_channels);
+  Buffer<output_t> y(batch * result_channels * result_plane);
+  std::vector<storage_t> w(static_cast<std::size_t>(weights));
+  for (long long i = 0; i < batch * source_channels * source_plane; ++i) assign(x.first[i], small_number());
+  for (storage_t& weight : w) assign(weight, small_number());
+  for (int c = 0; c < result_channels; ++c) assign(bias.first[c], c % 7 - 3);
+
+  alignas(16) static unsigned packed[TCONV_GROUPS * RG_ROW_BLOCKS * RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64];
+  gridDim.x = 1;
+  for (threadIdx.x = 0; threadIdx.x < 256; ++threadIdx.x)
+    pack::ring_gemm_pack(w.data(), packed, TCONV_GROUPS * RG_ROW_BLOCKS * RG_CHUNKS * (RG_KC / 4));
+
+  RingGemmArgs a{};
+  a.source = x.first, a.weights = packed, a.bias = bias.first, a.result = y.first;
+  auto strides = [&](long long& image, long long& slab, long long& row, long long& inner, const long long* size,
+                     int channels, long long plane) {
+    image = channels * plane;
+    row = images ? image : size[2] * (last ? channels : 1);
+    slab = size[1] * size[2] * (last ? channels : 1);
+    inner = last ? channels : plane;
+  };
+  strides(a.source_image, a.source_slab, a.source_row, a.source_inner, source, source_channels, source_plane);
+  strides(a.result_image, a.result_slab, a.result_row, a.result_inner, result, result_channels, result_plane);
+  a.source_elements = batch * source_channels * source_plane;
+  a.source_d = source[0], a.source_h = images ? batch : source[1], a.source_w = source[2];
+  a.result_d = result[0], a.result_h = images ? batch : result[1], a.result_w = result[2];
+  auto tiles = [](long long size, int step, int tile) {
+    return static_cast<int>(((size + step - 1) / step + tile - 1) / tile);
+  };
+  a.tiles_d = tiles(a.result_d, RG_OUT_D, 1), a.tiles_h = tiles(a.result_h, RG_OUT_H, RG_TILE_H);
+  a.tiles_w = tiles(a.result_w, RG_OUT_W, RG_TILE_W);
+  a.items = static_cast<unsigned>(a.tiles_d * a.tiles_h * a.tiles_w * (images ? 1 : batch)) * TCONV_GROUPS *
+            RG_ROW_BLOCKS * (RG_PASS_PER_ITEM ? RG_NUM_PASSES : 1);
+  constexpr int kUnit = 16 / sizeof(storage_t), kWide = 16 / sizeof(output_t);
+  const auto from = reinterpret_cast<std::uintptr_t>(x.first), to = reinterpret_cast<std::uintptr_t>(y.first);
+  a.vector_loads = last ? from % 16 == 0 && RG_K % kUnit == 0 : source_plane % 4 == 0;
+  a.wide_stores =
+      last ? to % 16 == 0 && RG_N_CHANNELS % kWide == 0 && RG_CHANNELS % kWide == 0 : to % 4 == 0 && result[2] % 2 == 0;
+  emulated_launch(std::min(2u, a.items), kThreads, kLoaders, [&] { ring_gemm(a); });
+
+  auto at = [&](const long long* size, int channels, long long b, long long c, long long d, long long h, long long v) {
+    return last ? (((b * size[0] + d) * size[1] + h) * size[2] + v) * channels + c
+                : (((b * channels + c) * size[0] + d) * size[1] + h) * size[2] + v;
+  };
+  long long differ = 0;
+  for (long long index = 0; index < batch * result_channels * result_plane; ++index) {
+    long long rest = index;
+    const long long where[3] = {rest / (result[1] * result[2]) % result[0], rest / result[2] % result[1],
+                                rest % result[2]};
+    rest /= result_plane;
+    const int c = static_cast<int>(rest % result_channels);
+    const long long b = rest / result_channels;
+    const int group = c / (result_channels / TCONV_GROUPS);
+    float sum = TCONV_BIAS ? value_of(bias.first[c]) : 0.f;
+    for (int tap = 0; tap < RG_NUM_TAPS; ++tap) {
+      const int t[3] = {tap / (kernel[1] * kernel[2]), tap / kernel[2] % kernel[1], tap % kernel[2]};
+      long long q[3];
+      bool inside = true;
+      for (int dim = 0; dim < 3; ++dim) {
+        const long long offset = static_cast<long long>(dilation[dim]) * t[dim] - padding[dim];
+        const long long reached = forward ? where[dim] - offset : where[dim] * stride[dim] + offset;
+        q[dim] = forward ? reached / stride[dim] : reached;
+        inside = inside && reached >= 0 && (!forward || reached % stride[dim] == 0) && q[dim] < source[dim];
+      }
+      if (!inside) continue;
+      for (int k = 0; k < source_channels / TCONV_GROUPS; ++k) {
+        const long long ci = forward ? group * TCONV_CI + k : c, co = forward ? c % TCONV_CO : k;
+        sum += value_of(w[static_cast<std::size_t>((ci * TCONV_CO + co) * RG_NUM_TAPS + tap)]) *
+               value_of(x.first[at(source, source_channels, b, group * (source_channels / TCONV_GROUPS) + k, q[0], q[1],
+                                   q[2])]);
+      }
+    }
+    output_t rounded;
+    assign(rounded, sum);
+    const float got = value_of(y.first[at(result, result_channels, b, c, where[0], where[1], where[2])]);
+    if (!(got == value_of(rounded)) && differ++ < 3)
+      std::printf("[b=%lld, c=%d, %lld, %lld, %lld]: got %g, expected %g\n", b, c, where[0], where[1], where[2], got,
+                  value_of(rounded));
+  }
+  std::printf("%lld of %lld differ\n", differ, batch * result_channels * result_plane);
+  return differ != 0;
+}
