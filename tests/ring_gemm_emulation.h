@@ -67,7 +67,6 @@ int main() {
   };
   strides(a.source_image, a.source_slab, a.source_row, a.source_inner, source, source_channels, source_plane);
   strides(a.result_image, a.result_slab, a.result_row, a.result_inner, result, result_channels, result_plane);
-  a.source_elements = batch * source_channels * source_plane;
   a.source_d = source[0], a.source_h = images ? batch : source[1], a.source_w = source[2];
   a.result_d = result[0], a.result_h = images ? batch : result[1], a.result_w = result[2];
   auto tiles = [](long long size, int step, int tile) {

@@ -527,7 +527,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     const void* weights;
     const void* bias;
     void* result;
-    long long source_stride[4], result_stride[4], source_elements;
+    long long source_stride[4], result_stride[4];
     int source_size[3], result_size[3], tiles[3];
     unsigned items;
     int vector_loads, wide_stores;
@@ -542,7 +542,6 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   args.result = tensors.output;
   strides_of(args.source_stride, problem, g, int64_t{g.k} * problem.groups, source);
   strides_of(args.result_stride, problem, g, int64_t{g.n} * problem.groups, result);
-  args.source_elements = problem.batch * args.source_stride[0];
   for (int dim = 0; dim < 3; ++dim) {
     args.source_size[dim] = static_cast<int>(g.source_size[dim]);
     args.result_size[dim] = static_cast<int>(g.result_size[dim]);

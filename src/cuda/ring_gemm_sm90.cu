@@ -5,7 +5,7 @@
 //             load      3 or 7 warps stage positions as 16-byte units of channels, rounded, with copies on their way
 //             weights   1 warp copies packed rows by the copy engine
 //             multiply  2 warpgroups, each 64 rows (result channel x width phase) times a run of RG_N positions
-//             store     4 warps take the sums through shared memory, apply the epilogue and write whole lines
+//             store     4 or 8 warps take the sums through shared memory, apply the epilogue and write whole lines
 //           so loads, products and stores of neighbouring tiles overlap. Both operands lie in shared memory with k
 //           contiguous and no swizzle: any position is a legal start address, one staged tile serves every tap.
 // Refuses   fp32 accuracy (the tensor core truncates its sums), fp64 (see ring_gemm_sm90.cpp)
@@ -46,7 +46,6 @@ struct RingGemmArgs {
   // Elements between neighbours: images, depths, rows, and channels (contiguous) or positions (channels_last).
   long long source_image, source_slab, source_row, source_inner;
   long long result_image, result_slab, result_row, result_inner;
-  long long source_elements;
   int source_d, source_h, source_w;
   int result_d, result_h, result_w;
   int tiles_d, tiles_h, tiles_w;
