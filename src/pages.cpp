@@ -15,8 +15,7 @@ namespace tconv {
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) noexcept {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t kPage = 2 << 20;
-  // Below 4 MB an allocator keeps and reuses its pages, and the call itself would show.
-  if (data == nullptr || bytes < 2 * kPage) return;
+  if (data == nullptr || bytes < kPage) return;
   const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kPage * kPage;
   if (end <= begin) return;

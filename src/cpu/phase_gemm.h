@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "cpu/grad_bias.h"
 #include "kernel.h"
 
 namespace tconv::cpu {
@@ -75,17 +76,14 @@ struct GradWeightTask {
   std::int64_t parts, num_tiles;  // tiles (over batch and grid) are dealt to parts in order
   void* partial;                  // S: [part][weight]
   std::int64_t weight_elements;
-  // grad_bias
-  std::int64_t bias_run, bias_runs;  // positions of one partial sum
-  double* bias_sums;                 // [b * bias_runs + run][channel]
 };
 
 struct GradWeightLoops {
   Isa target;
   void (*run)(const GradWeightTask&, std::int64_t item, void* scratch);
   std::int64_t (*scratch_bytes)(const GradWeightTask&);
-  void (*sum_bias)(const GradWeightTask&, std::int64_t item, void* scratch);  // item: see bias_items
   void (*merge)(const GradWeightTask&, std::int64_t first, std::int64_t last, void* result);
+  SumBias sum_bias;
 };
 
 Fit fit_grad_weight(const Problem&, const Epilogue&, const Device&, Isa target);

@@ -470,13 +470,10 @@ Parts parts_of(const Problem& problem, const PhaseGemmTask& task) {
   return parts;
 }
 
-constexpr std::int64_t kBiasRun = 16384;  // positions of one partial sum of grad_bias
-
 std::size_t grad_weight_workspace(const Problem& problem, const PhaseGemmTask& task) {
   const std::size_t element = problem.dtype == DType::f64 ? 8 : 4;
-  const std::int64_t positions = volume(output_size(problem)), runs = (positions + kBiasRun - 1) / kBiasRun;
   return round_up(static_cast<std::size_t>(parts_of(problem, task).parts * weight_elements(problem)) * element) +
-         round_up(static_cast<std::size_t>(problem.batch * runs * problem.out_channels) * sizeof(double)) + 64;
+         grad_bias_bytes(problem) + 64;
 }
 
 }  // namespace
@@ -555,19 +552,7 @@ void launch_grad_weight(const Step& step, const Tensors& tensors, Stream stream,
   parallel_for((task.weight_elements + kMerge - 1) / kMerge, threads, [&](std::int64_t item) {
     loops.merge(task, item * kMerge, std::min(task.weight_elements, (item + 1) * kMerge), tensors.output);
   });
-  if (!tensors.grad_bias) return;
-  const std::int64_t positions = volume(output_size(problem));
-  task.bias_run = kBiasRun;
-  task.bias_runs = (positions + kBiasRun - 1) / kBiasRun;
-  task.bias_sums = reinterpret_cast<double*>(workspace);
-  const std::int64_t rows = problem.batch * task.bias_runs;
-  parallel_for(rows * (problem.layout == Layout::contiguous ? problem.out_channels : 1), threads,
-               [&](std::int64_t item) { loops.sum_bias(task, item, thread_scratch(scratch_bytes)); });
-  for (std::int64_t c = 0; c < problem.out_channels; ++c) {
-    double sum = 0;
-    for (std::int64_t row = 0; row < rows; ++row) sum += task.bias_sums[row * problem.out_channels + c];
-    store_element(tensors.grad_bias, problem.dtype, c, sum);
-  }
+  if (tensors.grad_bias) launch_grad_bias(problem, tensors, workspace, threads, loops.sum_bias);
 }
 
 }  // namespace tconv::cpu
