@@ -65,21 +65,18 @@ struct Work {
   S* partial;  // of the item's part and group
 
   bool stage(int side) {
-    const int64_t* size = task.size[side];
-    ChannelBox box{task.source[side],
-                   task.dtype,
-                   task.layout,
-                   task.whole_channels[side],
-                   size,
-                   0,
-                   group * task.channels[side] + first[side],
-                   count[side],
-                   {},
-                   {},
-                   1,
-                   {}};
+    ChannelBox box{};
+    box.source = task.source[side];
+    box.dtype = task.dtype;
+    box.layout = task.layout;
+    box.channels = task.whole_channels[side];
+    box.size = task.size[side];
+    box.channel = group * task.channels[side] + first[side];
+    box.n = count[side];
     int64_t volume = 1;
     box.step = side == 0 ? 1 : task.stride[2];
+    // Taps a multiple of the stride apart read one phase only: that of the first.
+    box.phase = side == 1 && (task.kernel[2] == 1 || task.dilation[2] % task.stride[2] == 0) ? 0 : -1;
     for (int dim = 0; dim < 3; ++dim) {
       box.first[dim] = side == 0 ? q0[dim] : task.stride[dim] * q0[dim] - task.padding[dim];
       box.extent[dim] = side == 0 ? n[dim] : raw[dim];

@@ -104,28 +104,13 @@ struct ChannelBox {
   int64_t b, channel, n;  // the box's sample, first channel and channels
   int64_t first[3], extent[3];
   int64_t step;         // columns are split by their phase
+  int64_t phase;        // the only one that is read; -1: all
   const bool* used[2];  // [depth or height in the box]: whether it is read at all; null: all
 };
 
-// One vector of n <= lanes elements of any dtype; zeros behind them.
-template <class S>
-TCONV_INLINE Vec<S> load_lanes(const void* source, DType dtype, int64_t index, int64_t n) {
-  if constexpr (sizeof(S) == sizeof(float)) {
-    if (dtype != DType::f32) {
-      VecH half{};
-      const uint16_t* from = static_cast<const uint16_t*>(source) + index;
-      if (n >= kLanes<S>)
-        memcpy(&half, from, sizeof half);
-      else
-        memcpy(&half, from, static_cast<size_t>(n) * sizeof(uint16_t));
-      return dtype == DType::f16 ? from_half(half) : from_bfloat(half);
-    }
-  }
-  const S* from = static_cast<const S*>(source) + index;
-  if (n >= kLanes<S>) return load(from);
-  Vec<S> part{};
-  memcpy(&part, from, static_cast<size_t>(n) * sizeof(S));
-  return part;
+template <class S, int... Lane>
+TCONV_INLINE Vec<S> take_even(Vec<S> a, Vec<S> b, LaneList<Lane...>) {
+  return __builtin_shufflevector(a, b, (2 * Lane)...);
 }
 
 // target[((d * extent[1] + h) * columns + w % step * split + w / step) * pitch + c], split = ceil(extent[2] / step) and
@@ -156,9 +141,10 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
       if (box.layout == Layout::channels_last) {
         int64_t phase = lo % box.step, at = lo / box.step;
         for (int64_t w = lo; w < hi; ++w) {
+          const bool wanted = box.phase < 0 || box.phase == phase;
           S* to = out + (phase * split + at) * pitch;
           const int64_t index = (box.b * positions + position + w) * box.channels + box.channel;
-          for (int64_t c = 0; c < box.n; c += kBlock) {
+          for (int64_t c = 0; wanted && c < box.n; c += kBlock) {
             const int64_t n = box.n - c < kBlock ? box.n - c : kBlock;
             const Vec<S> v = finish(load_lanes<S>(box.source, box.dtype, index + c, n));
             nothing += v * S(0);
@@ -174,6 +160,24 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
       for (int64_t c = 0; c < box.n; c += kBlock) {
         const int64_t count = box.n - c < kBlock ? box.n - c : kBlock;
         const int64_t index = (box.b * box.channels + box.channel + c) * positions + position;
+        if (box.step == 2 && box.phase >= 0 && pitch >= kBlock) {
+          for (int64_t w = lo + (lo + box.phase) % 2; w < hi; w += 2 * kBlock) {
+            Vec<S> v[kBlock] = {};
+            for (int64_t i = 0; i < count; ++i) {
+              const int64_t at = index + i * positions + w, left = hi - w;
+              const Vec<S> a = load_lanes<S>(box.source, box.dtype, at, left < kBlock ? left : kBlock);
+              const int64_t rest = left < kBlock ? 0 : left < 2 * kBlock ? left - kBlock : kBlock;
+              const Vec<S> b = load_lanes<S>(box.source, box.dtype, at + kBlock, rest);
+              v[i] = finish(take_even<S>(a, b, LaneNumbers<kLanes<S>>{}));
+              nothing += v[i] * S(0);
+            }
+            transpose_block<S>(v);
+            const int64_t n = (hi - w + 1) / 2 < kBlock ? (hi - w + 1) / 2 : kBlock;
+            S* to = out + (box.phase * split + w / 2) * pitch + c;
+            for (int64_t j = 0; j < n; ++j) store(to + j * pitch, v[j]);
+          }
+          continue;
+        }
         for (int64_t w = lo; w < hi; w += kBlock) {
           const int64_t n = hi - w < kBlock ? hi - w : kBlock;
           Vec<S> v[kBlock] = {};

@@ -279,6 +279,70 @@ void run_typed(const PhaseGemmTask& task, int64_t item, void* scratch) {
   }
 }
 
+// One block of `Block` result channels: transposed 16 taps (AVX-512) of all its channels at a time.
+template <class S, int Block>
+bool pack_block(const PackTask& task, int64_t group, int64_t m0) {
+  const int64_t base = group * task.k * task.m * task.taps + m0 * task.m_stride;
+  S* out = static_cast<S*>(task.packed) + (group * task.m + m0) * task.taps * task.k;
+  // Taps of one k follow each other; those of all k, too, where k is the weights' second dimension.
+  const bool joined = task.k_stride == task.taps;
+  const int64_t runs = joined ? 1 : task.k, length = joined ? task.k * task.taps : task.taps;
+  Vec<S> nothing{};
+  for (int64_t run = 0; run < runs; ++run) {
+    int64_t tap = 0, k = run;
+    for (int64_t j = 0; j < length; j += kLanes<S>) {
+      const int64_t n = min_of(kLanes<S>, length - j);
+      S* to[kLanes<S>];
+      for (int64_t l = 0; l < n; ++l) {
+        to[l] = out + (task.tap_slot[tap] * task.k + k) * Block;
+        if (++tap == task.taps) tap = 0, ++k;
+      }
+      constexpr int kPart = Block < kLanes<S> ? Block : kLanes<S>;
+      for (int first = 0; first < Block; first += kPart) {
+        Vec<S> v[kLanes<S>] = {};
+#pragma GCC unroll 8
+        for (int m = 0; m < kPart; ++m) {
+          const int64_t index = base + run * task.k_stride + (first + m) * task.m_stride + j;
+          // What follows is another weight: a whole vector can be read except at the end of the tensor.
+          v[m] = load_lanes<S>(task.weight, task.dtype, index, index + kLanes<S> <= task.elements ? kLanes<S> : n);
+          nothing += v[m] * S(0);
+        }
+        transpose_block<S>(v);
+        for (int64_t l = 0; l < n; ++l) memcpy(to[l] + first, &v[l], kPart * sizeof(S));
+      }
+    }
+  }
+  return reduce<S>(nothing) == 0;
+}
+
+template <class S>
+bool pack_typed(const PackTask& task, int64_t item) {
+  const int64_t blocks = (task.m + kRegisterM - 1) / kRegisterM, group = item / blocks;
+  int64_t m0 = item % blocks * kRegisterM;
+  const int64_t m1 = min_of(task.m, m0 + kRegisterM);
+  bool finite = true;
+  while (m0 < m1) {  // the last block splits into powers of two, as the register tiles do
+    if (m1 - m0 >= 8 && kRegisterM == 8) {
+      finite &= pack_block<S, kRegisterM>(task, group, m0);
+      m0 += 8;
+    } else if (m1 - m0 >= 4) {
+      finite &= pack_block < S, kRegisterM<4 ? kRegisterM : 4>(task, group, m0);
+      m0 += 4;
+    } else if (m1 - m0 >= 2) {
+      finite &= pack_block<S, 2>(task, group, m0);
+      m0 += 2;
+    } else {
+      finite &= pack_block<S, 1>(task, group, m0);
+      m0 += 1;
+    }
+  }
+  return finite;
+}
+
+bool pack(const PackTask& task, int64_t item) {
+  return task.dtype == DType::f64 ? pack_typed<double>(task, item) : pack_typed<float>(task, item);
+}
+
 void run(const PhaseGemmTask& task, int64_t item, void* scratch) {
   if (task.dtype == DType::f64)
     run_typed<double>(task, item, scratch);
@@ -290,7 +354,7 @@ int64_t scratch_bytes(const PhaseGemmTask& task) {
   return task.dtype == DType::f64 ? carve<double>(task, nullptr).bytes : carve<float>(task, nullptr).bytes;
 }
 
-constexpr PhaseGemmLoops kLoops = {Isa::TCONV_TARGET, kRegisterM, run, scratch_bytes};
+constexpr PhaseGemmLoops kLoops = {Isa::TCONV_TARGET, kRegisterM, pack, run, scratch_bytes};
 
 Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config&) {
   return fit_phase_gemm(problem, epilogue, device, Isa::TCONV_TARGET);

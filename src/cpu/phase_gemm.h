@@ -56,9 +56,20 @@ struct PhaseGemmTask {
   int num_ops;
 };
 
+// Weights in the order that the register tiles read: [group][m block][tap, sorted][k][m of the block].
+struct PackTask {
+  DType dtype;
+  const void* weight;
+  void* packed;
+  std::int64_t elements;  // of the weight tensor
+  std::int64_t taps, k, m, k_stride, m_stride;
+  const int* tap_slot;  // [tap] -> sorted
+};
+
 struct PhaseGemmLoops {
   Isa target;
-  int register_m;  // largest register tile
+  int register_m;                                    // largest register tile
+  bool (*pack)(const PackTask&, std::int64_t item);  // item: group, m block; returns whether all are finite
   void (*run)(const PhaseGemmTask&, std::int64_t item, void* scratch);
   std::int64_t (*scratch_bytes)(const PhaseGemmTask&);
 };

@@ -24,6 +24,7 @@ struct Geometry {
   std::vector<std::int64_t> plane_phase, tap_offset, mask_offset;
   std::vector<int> phase_taps;
   std::vector<int> tap_order;  // [sorted] -> index of the tap in the weight tensor
+  std::vector<int> tap_slot;   // the reverse
   double cycles = 0;           // of one core, predicted, all items
   double critical_cycles = 0;  // of the busiest core
 };
@@ -268,6 +269,9 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
             }
       }
   geometry->phase_taps.push_back(static_cast<int>(geometry->tap_order.size()));
+  geometry->tap_slot.resize(geometry->tap_order.size());
+  for (std::size_t slot = 0; slot < geometry->tap_order.size(); ++slot)
+    geometry->tap_slot[static_cast<std::size_t>(geometry->tap_order[slot])] = static_cast<int>(slot);
   task.phase_taps = geometry->phase_taps.data();
   task.tap_offset = geometry->tap_offset.data();
   task.mask_offset = geometry->mask_offset.data();
@@ -284,68 +288,26 @@ std::size_t workspace_bytes(const Problem& problem, const Epilogue& epilogue) {
   return bytes;
 }
 
-template <class From, class S, class Convert>
-bool pack_block(const Problem& problem, const Geometry& geometry, const From* weight, std::int64_t g, std::int64_t m0,
-                std::int64_t block, S* packed, Convert convert) {
-  const PhaseGemmTask& task = geometry.task;
-  const std::int64_t taps = task.num_taps, k_count = task.k;
-  const bool forward = problem.direction == Direction::forward;
-  const std::int64_t k_stride = (forward ? task.m : 1) * taps, m_stride = (forward ? 1 : task.k) * taps;
-  weight += g * task.k * task.m * taps + m0 * m_stride;
-  S* out = packed + (g * task.m + m0) * taps * k_count;
-  S nonfinite = 0;
-  const int* order = geometry.tap_order.data();
-  // Sixteen taps at a time keep both the reads and the writes within a few open lines.
-  for (std::int64_t t0 = 0; t0 < taps; t0 += 16) {
-    const std::int64_t t1 = std::min(taps, t0 + 16);
-    for (std::int64_t k = 0; k < k_count; ++k)
-      for (std::int64_t m = 0; m < block; ++m) {
-        const From* from = weight + k * k_stride + m * m_stride;
-        for (std::int64_t t = t0; t < t1; ++t) {
-          const S value = convert(from[order[t]]);
-          nonfinite += value * 0;
-          out[(t * k_count + k) * block + m] = value;
-        }
-      }
-  }
-  return nonfinite == 0;
-}
-
 // Returns whether every weight is finite.
-bool pack_weights(const Problem& problem, const Geometry& geometry, const void* weight, void* packed, int register_m,
-                  int threads) {
+bool pack_weights(const Problem& problem, const Geometry& geometry, const void* weight, void* packed, int threads,
+                  const PhaseGemmLoops& loops) {
   const PhaseGemmTask& task = geometry.task;
-  const std::int64_t blocks = (task.m + register_m - 1) / register_m;
+  const bool forward = problem.direction == Direction::forward;
+  PackTask pack{};
+  pack.dtype = problem.dtype;
+  pack.weight = weight;
+  pack.packed = packed;
+  pack.elements = weight_elements(problem);
+  pack.taps = task.num_taps;
+  pack.k = task.k;
+  pack.m = task.m;
+  pack.k_stride = (forward ? task.m : 1) * task.num_taps;
+  pack.m_stride = (forward ? 1 : task.k) * task.num_taps;
+  pack.tap_slot = geometry.tap_slot.data();
+  const std::int64_t blocks = (task.m + loops.register_m - 1) / loops.register_m;
   std::atomic<bool> finite{true};
   parallel_for(task.groups * blocks, threads, [&](std::int64_t item) {
-    const std::int64_t g = item / blocks;
-    std::int64_t m0 = item % blocks * register_m;
-    const std::int64_t m1 = std::min<std::int64_t>(task.m, m0 + register_m);
-    while (m0 < m1) {  // the last block splits into powers of two, as the register tiles do
-      std::int64_t block = register_m;
-      while (block > m1 - m0) block /= 2;
-      bool good = true;
-      switch (problem.dtype) {
-        case DType::f32:
-          good = pack_block(problem, geometry, static_cast<const float*>(weight), g, m0, block,
-                            static_cast<float*>(packed), [](float x) { return x; });
-          break;
-        case DType::f64:
-          good = pack_block(problem, geometry, static_cast<const double*>(weight), g, m0, block,
-                            static_cast<double*>(packed), [](double x) { return x; });
-          break;
-        case DType::f16:
-          good = pack_block(problem, geometry, static_cast<const std::uint16_t*>(weight), g, m0, block,
-                            static_cast<float*>(packed), [](std::uint16_t x) { return half_to_float(x); });
-          break;
-        case DType::bf16:
-          good = pack_block(problem, geometry, static_cast<const std::uint16_t*>(weight), g, m0, block,
-                            static_cast<float*>(packed), [](std::uint16_t x) { return bfloat_to_float(x); });
-          break;
-      }
-      if (!good) finite.store(false, std::memory_order_relaxed);
-      m0 += block;
-    }
+    if (!loops.pack(pack, item)) finite.store(false, std::memory_order_relaxed);
   });
   return finite.load();
 }
@@ -409,8 +371,7 @@ void launch_phase_gemm(const Step& step, const Tensors& tensors, Stream stream, 
   const DType arithmetic = problem.dtype == DType::f64 ? DType::f64 : DType::f32;
   task.weight = workspace;
   workspace += round_up(static_cast<std::size_t>(weight_elements(problem)) * element + 64);
-  const bool finite =
-      pack_weights(problem, *geometry, tensors.weight, const_cast<void*>(task.weight), loops.register_m, threads);
+  const bool finite = pack_weights(problem, *geometry, tensors.weight, const_cast<void*>(task.weight), threads, loops);
   task.masked = !finite;
   const bool forward = problem.direction == Direction::forward;
   task.source = forward ? tensors.input : tensors.grad_output;
