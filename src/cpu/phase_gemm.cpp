@@ -27,11 +27,13 @@ constexpr int kRegisterM = 4;
 constexpr int vectors_for(int m) { return m == 4 ? 3 : m == 2 ? 5 : 8; }
 #endif
 
-// One register tile: c[m][v] = bias[m] + sum over taps and k of w[tap][k][m] * x[offset[tap] + k * k_pitch + v].
+// One register tile: c[m][v] = bias[m] + sum over taps and k of w[tap][k][m] * x[offset[tap] + k * k_pitch + v], over all
+// taps or the listed ones.
 // Masked: a product counts only where the mask, laid out as one plane, is not zero.
 template <class S, int M, int V, bool Masked>
-void register_tile(const S* x, int64_t k_pitch, const int64_t* offsets, int64_t num_taps, int64_t k_count, const S* w,
-                   const S* bias, S* c, int64_t c_pitch, const S* mask, const int64_t* mask_offsets) {
+void register_tile(const S* x, int64_t k_pitch, const int64_t* offsets, int64_t num_taps, const int* taps,
+                   int64_t k_count, const S* weight, const S* bias, S* c, int64_t c_pitch, const S* mask,
+                   const int64_t* mask_offsets) {
   Vec<S> sum[M][V];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
@@ -39,22 +41,23 @@ void register_tile(const S* x, int64_t k_pitch, const int64_t* offsets, int64_t 
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) sum[m][v] = start;
   }
-  for (int64_t tap = 0; tap < num_taps; ++tap) {
-    const S* at = x + offsets[tap];
+  for (int64_t i = 0; i < num_taps; ++i) {
+    const int64_t tap = taps ? taps[i] : i;
+    const S *at = x + offsets[tap], *w = weight + tap * k_count * M;
     for (int64_t k = 0; k < k_count; ++k) {
       Vec<S> plane[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) plane[v] = load(at + v * kLanes<S>);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const Vec<S> weight = splat(w[m]);
+        const Vec<S> value = splat(w[m]);
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
           if constexpr (Masked) {
             const Vec<S> inside = load(mask + mask_offsets[tap] + v * kLanes<S>);
-            sum[m][v] += inside != 0 ? plane[v] * weight : Vec<S>{};
+            sum[m][v] += inside != 0 ? plane[v] * value : Vec<S>{};
           } else {
-            sum[m][v] += plane[v] * weight;
+            sum[m][v] += plane[v] * value;
           }
         }
       }
@@ -69,8 +72,8 @@ void register_tile(const S* x, int64_t k_pitch, const int64_t* offsets, int64_t 
 }
 
 template <class S>
-using TileFunction = void (*)(const S*, int64_t, const int64_t*, int64_t, int64_t, const S*, const S*, S*, int64_t,
-                              const S*, const int64_t*);
+using TileFunction = void (*)(const S*, int64_t, const int64_t*, int64_t, const int*, int64_t, const S*, const S*, S*,
+                              int64_t, const S*, const int64_t*);
 
 template <class S, int M, bool Masked>
 TileFunction<S> tile_function(int vectors) {
@@ -131,6 +134,7 @@ Place place_of(const PhaseGemmTask& task, int64_t item) {
 template <class S>
 struct Buffers {
   S *planes, *mask, *sums, *rows, *line;
+  int* taps;
   int64_t sums_pitch, row_pitch;
   int64_t bytes;
 };
@@ -153,6 +157,7 @@ Buffers<S> carve(const PhaseGemmTask& task, void* scratch) {
   buffers.sums = take(task.result_step[2] * block * buffers.sums_pitch + kSlack);
   buffers.rows = take(block * buffers.row_pitch + 2 * kLanes<S>);
   buffers.line = take(max_of(task.source_step[2] * (task.plane[2] + kLanes<S>), task.k) + 2 * kLanes<S>);
+  buffers.taps = reinterpret_cast<int*>(take(task.num_taps));
   buffers.bytes = used;
   return buffers;
 }
@@ -165,31 +170,68 @@ void multiply(const PhaseGemmTask& task, const Place& place, const Buffers<S>& b
   const S* bias = task.bias ? static_cast<const S*>(task.bias) + place.g * task.m + m0 : nullptr;
   const S* weight =
       static_cast<const S*>(task.weight) + ((place.g * task.m + m0) * task.num_taps + first_tap * block) * task.k;
-  // Either one run over the whole tile, or one for each depth, whichever computes fewer vectors.
-  const int64_t slice = task.plane[1] * task.plane[2];
-  const int64_t one_slice = (place.n[1] - 1) * task.plane[2] + place.n[2];
-  const int64_t whole = (place.n[0] - 1) * slice + one_slice;
-  const bool by_depth = place.n[0] * round_up(one_slice, kLanes<S>) < round_up(whole, kLanes<S>);
-  const int64_t runs = by_depth ? place.n[0] : 1, length = by_depth ? one_slice : whole;
   const int most = block == 8   ? vectors_for(8)
                    : block == 4 ? vectors_for(4)
                    : block == 2 ? vectors_for(2)
                                 : vectors_for(1);
-  for (int64_t run = 0; run < runs; ++run) {
+  auto multiply_run = [&](int64_t start, int64_t length, const int* taps, int64_t count_of_taps) {
     for (int64_t vector = 0, vectors = (length + kLanes<S> - 1) / kLanes<S>; vector < vectors;) {
       // The last two tiles of a run share what is left, so that none is thin.
       const int64_t left = vectors - vector;
       const int count = static_cast<int>(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
-      const int64_t at = run * slice + vector * kLanes<S>;
-      if (task.masked)
-        tile_function<S, true>(block, count)(buffers.planes + at, task.plane_pitch, task.tap_offset + first_tap,
-                                             num_taps, task.k, weight, bias, sums + at, buffers.sums_pitch,
-                                             buffers.mask + at, task.mask_offset + first_tap);
-      else
-        tile_function<S, false>(block, count)(buffers.planes + at, task.plane_pitch, task.tap_offset + first_tap,
-                                              num_taps, task.k, weight, bias, sums + at, buffers.sums_pitch, nullptr,
-                                              nullptr);
+      const int64_t at = start + vector * kLanes<S>;
+      const TileFunction<S> tile =
+          task.masked ? tile_function<S, true>(block, count) : tile_function<S, false>(block, count);
+      tile(buffers.planes + at, task.plane_pitch, task.tap_offset + first_tap, count_of_taps, taps, task.k, weight,
+           bias, sums + at, buffers.sums_pitch, task.masked ? buffers.mask + at : nullptr,
+           task.mask_offset + first_tap);
       vector += count;
+    }
+  };
+  const int64_t width = task.plane[2], slice = task.plane[1] * width;
+  auto run_length = [&](int64_t rows) { return (rows - 1) * width + place.n[2]; };
+  // A tap counts for depths [d, d + 1) and rows [h0, h1) of the tile unless it reads only beyond the source there.
+  const int64_t* source = task.tap_source + 2 * first_tap;
+  auto reads = [&](int64_t tap, int dim, int64_t first, int64_t end) {
+    const int64_t at = task.source_step[dim] * place.q0[dim] + source[2 * tap + dim];
+    return at + task.source_step[dim] * (end - 1) >= 0 && at + task.source_step[dim] * first < task.source_size[dim];
+  };
+  bool all = true;
+  for (int64_t tap = 0; all && tap < num_taps; ++tap)
+    for (int dim = 0; dim < 2; ++dim)
+      all = all && reads(tap, dim, 0, 1) && reads(tap, dim, place.n[dim] - 1, place.n[dim]);
+  if (all) {
+    // Either one run over the whole tile, or one for each depth, whichever computes fewer vectors.
+    const int64_t whole = (place.n[0] - 1) * slice + run_length(place.n[1]);
+    if (place.n[0] * round_up(run_length(place.n[1]), kLanes<S>) < round_up(whole, kLanes<S>)) {
+      for (int64_t d = 0; d < place.n[0]; ++d) multiply_run(d * slice, run_length(place.n[1]), nullptr, num_taps);
+    } else {
+      multiply_run(0, whole, nullptr, num_taps);
+    }
+    return;
+  }
+  // At the source's edge: runs of rows, cut where leaving taps out saves more than whole vectors cost. A third of the
+  // products of a 5 x 7 x 9 kernel without padding on 16 x 32 positions lies beyond the edge.
+  for (int64_t d = 0; d < place.n[0]; ++d) {
+    auto count_taps = [&](int64_t h0, int64_t h1) {
+      int64_t count = 0;
+      for (int64_t tap = 0; tap < num_taps; ++tap) count += reads(tap, 0, d, d + 1) && reads(tap, 1, h0, h1);
+      return count;
+    };
+    auto cost = [&](int64_t h0, int64_t h1, int64_t count) {
+      return (run_length(h1 - h0) + kLanes<S> - 1) / kLanes<S> * (count + 1);
+    };
+    for (int64_t h0 = 0, h1; h0 < place.n[1]; h0 = h1) {
+      h1 = h0 + 1;
+      for (int64_t count = count_taps(h0, h1); h1 < place.n[1]; ++h1) {
+        const int64_t joined = count_taps(h0, h1 + 1);
+        if (cost(h0, h1 + 1, joined) > cost(h0, h1, count) + cost(h1, h1 + 1, count_taps(h1, h1 + 1))) break;
+        count = joined;
+      }
+      int64_t count = 0;
+      for (int64_t tap = 0; tap < num_taps; ++tap)
+        if (reads(tap, 0, d, d + 1) && reads(tap, 1, h0, h1)) buffers.taps[count++] = static_cast<int>(tap);
+      multiply_run(d * slice + h0 * width, run_length(h1 - h0), buffers.taps, count);
     }
   }
 }

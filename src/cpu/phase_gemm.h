@@ -45,6 +45,7 @@ struct PhaseGemmTask {
   const int* phase_taps;            // [phase]: first tap; one more entry at the end
   const std::int64_t* tap_offset;   // [tap]: from the plane's origin to the tap's first element
   const std::int64_t* mask_offset;  // [tap]: the same into the mask, which has one plane per phase
+  const std::int64_t* tap_source;   // [tap][2]: source depth and row of grid position 0
   std::int64_t num_taps;
   const void* weight;  // packed S: [group][m block][tap][k][m of the block]
   bool masked;         // a weight is not finite: zeros outside the source must not be multiplied

@@ -21,7 +21,7 @@ struct DimTap {
 
 struct Geometry {
   PhaseGemmTask task{};
-  std::vector<std::int64_t> plane_phase, tap_offset, mask_offset;
+  std::vector<std::int64_t> plane_phase, tap_offset, mask_offset, tap_source;
   std::vector<int> phase_taps;
   std::vector<int> tap_order;  // [sorted] -> index of the tap in the weight tensor
   std::vector<int> tap_slot;   // the reverse
@@ -266,6 +266,8 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
                   static_cast<int>((td.tap * problem.kernel[1] + th.tap) * problem.kernel[2] + tw.tap));
               geometry->tap_offset.push_back(plane * task.k * task.plane_pitch + offset);
               geometry->mask_offset.push_back(plane * mask_pitch + offset);
+              geometry->tap_source.push_back(task.source_step[0] * td.shift + td.source_phase);
+              geometry->tap_source.push_back(task.source_step[1] * th.shift + th.source_phase);
             }
       }
   geometry->phase_taps.push_back(static_cast<int>(geometry->tap_order.size()));
@@ -275,6 +277,7 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   task.phase_taps = geometry->phase_taps.data();
   task.tap_offset = geometry->tap_offset.data();
   task.mask_offset = geometry->mask_offset.data();
+  task.tap_source = geometry->tap_source.data();
   return geometry;
 }
 
