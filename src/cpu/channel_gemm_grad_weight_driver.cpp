@@ -50,7 +50,7 @@ std::int64_t staged_bytes(const ChannelGradWeightTask& task, std::int64_t elemen
 
 // Cycles of one core for `rows` by `vectors` sums at one position: two FMAs, two loads a cycle, FMAs take four.
 double position_cycles(std::int64_t rows, std::int64_t vectors, Isa target) {
-  const bool wide = target == Isa::avx512;
+  const bool wide = target >= Isa::avx512;
   const std::int64_t most_vectors = wide ? 4 : 3, blocks = ceil_div(vectors, most_vectors);
   double cycles = 0;
   for (std::int64_t block = 0; block < blocks; ++block) {
@@ -75,7 +75,7 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   task.groups = problem.groups;
   task.whole_channels[0] = problem.in_channels;
   task.whole_channels[1] = problem.out_channels;
-  task.lanes = (target == Isa::avx512 ? 64 : target == Isa::avx2 ? 32 : 16) / element;
+  task.lanes = (target >= Isa::avx512 ? 64 : target >= Isa::avx2 ? 32 : 16) / element;
   for (int side = 0; side < 2; ++side) task.channels[side] = task.whole_channels[side] / problem.groups;
   for (int dim = 0; dim < 3; ++dim) {
     task.size[0][dim] = task.grid[dim] = problem.input[dim];
@@ -211,7 +211,7 @@ Fit fit_channel_grad_weight(const Problem& problem, const Epilogue& epilogue, co
   fit.fused_ops = static_cast<int>(epilogue.ops.size());
   const std::shared_ptr<Tiling> tiling = make_tiling(problem, device, target);
   fit.workspace_bytes = workspace_bytes(problem, tiling->task);
-  const double flops_per_cycle = device.isa == Isa::avx512 ? 64 : device.isa == Isa::avx2 ? 32 : 16;
+  const double flops_per_cycle = device.isa >= Isa::avx512 ? 64 : device.isa >= Isa::avx2 ? 32 : 16;
   const double cycles_per_us = std::max(500.0, device.fp32_tflops * 1e6 / device.cores / flops_per_cycle);
   const double memory = minimum_bytes(problem) / (device.bandwidth_tbs * 1e6);
   fit.microseconds = 5 + std::max(tiling->critical_cycles / cycles_per_us, memory);

@@ -27,6 +27,7 @@ struct PhaseGemmTask {
   DType dtype, result_dtype;
   Layout layout;
   std::int64_t batch, groups, k, m;  // k source and m result channels per group
+  std::int64_t rows;                 // staged per source phase: k, or pairs of channels for products of bf16 pairs
   std::int64_t source_channels;      // of the whole tensor
   const void* source;
   void* result;
@@ -63,7 +64,7 @@ struct PackTask {
   const void* weight;
   void* packed;
   std::int64_t elements;  // of the weight tensor
-  std::int64_t taps, k, m, k_stride, m_stride;
+  std::int64_t taps, k, rows, m, k_stride, m_stride;
   const int* tap_slot;  // [tap] -> sorted
 };
 

@@ -47,7 +47,7 @@ std::vector<DimTap> dim_taps(const Problem& problem, int dim) {
 }
 
 int lanes_of(Isa target, bool f64) {
-  const int bytes = target == Isa::avx512 ? 64 : target == Isa::avx2 ? 32 : 16;
+  const int bytes = target >= Isa::avx512 ? 64 : target >= Isa::avx2 ? 32 : 16;
   return bytes / (f64 ? 8 : 4);
 }
 
@@ -178,6 +178,7 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   task.k = (forward ? problem.in_channels : problem.out_channels) / problem.groups;
   task.m = (forward ? problem.out_channels : problem.in_channels) / problem.groups;
   task.source_channels = task.groups * task.k;
+  task.rows = target == Isa::avx512_bf16 ? (task.k + 1) / 2 : task.k;
   std::vector<DimTap> taps[3];
   std::vector<int> phases[3];  // used source phases
   std::int64_t range[3];
@@ -218,12 +219,12 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   layer.phases = num_result_phases;
   layer.planes = task.num_planes;
   layer.taps = static_cast<double>(task.num_taps);
-  layer.k = static_cast<double>(task.k);
+  layer.k = static_cast<double>(task.rows);
   layer.m = static_cast<double>(std::max<std::int64_t>(1, task.m));
   layer.batch_groups = static_cast<double>(problem.batch * problem.groups);
   layer.lanes = lanes_of(target, f64);
   layer.cores = std::max(1, device.cores);
-  layer.register_m = target == Isa::avx512 ? 8 : 4;
+  layer.register_m = target >= Isa::avx512 ? 8 : 4;
   layer.element_bytes = f64 ? 8 : 4;
   layer.l2_bytes = static_cast<double>(device.l2_bytes);
   layer.channels_last = problem.layout == Layout::channels_last;
@@ -264,7 +265,7 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
                   tw.shift - task.first_shift[2];
               geometry->tap_order.push_back(
                   static_cast<int>((td.tap * problem.kernel[1] + th.tap) * problem.kernel[2] + tw.tap));
-              geometry->tap_offset.push_back(plane * task.k * task.plane_pitch + offset);
+              geometry->tap_offset.push_back(plane * task.rows * task.plane_pitch + offset);
               geometry->mask_offset.push_back(plane * mask_pitch + offset);
               geometry->tap_source.push_back(task.source_step[0] * td.shift + td.source_phase);
               geometry->tap_source.push_back(task.source_step[1] * th.shift + th.source_phase);
@@ -303,6 +304,7 @@ bool pack_weights(const Problem& problem, const Geometry& geometry, const void* 
   pack.elements = weight_elements(problem);
   pack.taps = task.num_taps;
   pack.k = task.k;
+  pack.rows = task.rows;
   pack.m = task.m;
   pack.k_stride = (forward ? task.m : 1) * task.num_taps;
   pack.m_stride = (forward ? 1 : task.k) * task.num_taps;
@@ -334,13 +336,24 @@ Fit fit_phase_gemm(const Problem& problem, const Epilogue& epilogue, const Devic
     fit.refusal = "f64 cannot be mixed with another dtype";
     return fit;
   }
+  if (target == Isa::avx512_bf16) {
+    // Products of pairs of bf16: two source channels at a time, whose values must still be those of the tensor.
+    const bool forward = problem.direction == Direction::forward;
+    const std::int64_t k = (forward ? problem.in_channels : problem.out_channels) / problem.groups;
+    if (problem.dtype != DType::bf16)
+      fit.refusal = "multiplies bf16 only, not " + std::string(to_string(problem.dtype));
+    if (!epilogue.pre.empty())
+      fit.refusal = "cannot apply an operation to the input without rounding its result to bf16";
+    if (k % 2 != 0) fit.refusal = "an odd number of source channels per group, " + std::to_string(k);
+    if (!fit.refusal.empty()) return fit;
+  }
   const int norm = norm_index(epilogue);
   fit.fused_ops = norm < 0 ? static_cast<int>(epilogue.ops.size()) : norm;
   fit.fused_pre = true;
   fit.workspace_bytes = workspace_bytes(problem, epilogue);
   const std::shared_ptr<Geometry> geometry = make_geometry(problem, device, target);
   // fp32_tflops counts both FMA pipes of every core at the machine's own vector width.
-  const double flops_per_cycle = device.isa == Isa::avx512 ? 64 : device.isa == Isa::avx2 ? 32 : 16;
+  const double flops_per_cycle = device.isa >= Isa::avx512 ? 64 : device.isa >= Isa::avx2 ? 32 : 16;
   const double cycles_per_us = std::max(500.0, device.fp32_tflops * 1e6 / device.cores / flops_per_cycle);
   const double pack = static_cast<double>(weight_elements(problem)) * 3 / device.cores;
   const double chain = static_cast<double>(output_elements(problem)) * fit.fused_ops * 12 /
@@ -456,7 +469,7 @@ Fit fit_grad_weight(const Problem& problem, const Epilogue& epilogue, const Devi
   fit.fused_ops = static_cast<int>(epilogue.ops.size());
   const std::shared_ptr<Geometry> geometry = make_geometry(problem, device, target);
   fit.workspace_bytes = grad_weight_workspace(problem, geometry->task);
-  const double flops_per_cycle = device.isa == Isa::avx512 ? 64 : device.isa == Isa::avx2 ? 32 : 16;
+  const double flops_per_cycle = device.isa >= Isa::avx512 ? 64 : device.isa >= Isa::avx2 ? 32 : 16;
   const double cycles_per_us = std::max(500.0, device.fp32_tflops * 1e6 / device.cores / flops_per_cycle);
   const double memory = minimum_bytes(problem) / (device.bandwidth_tbs * 1e6);
   fit.microseconds = 5 + std::max(geometry->critical_cycles / cycles_per_us, memory);

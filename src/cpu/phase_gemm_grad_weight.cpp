@@ -135,7 +135,7 @@ void run_typed(const GradWeightTask& task, int64_t item, void* scratch) {
   S* partial = static_cast<S*>(task.partial) + part * task.weight_elements +
                (group * gradient.m + m0) * gradient.k * gradient.num_taps;
   zero(partial, m_count * gradient.k * gradient.num_taps);
-  input.k = m_count;
+  input.k = input.rows = m_count;
   const int64_t* tile = gradient.tile;
   const int64_t pitch = gradient.plane_pitch;
   const int64_t length = ((tile[0] - 1) * gradient.plane[1] + tile[1] - 1) * gradient.plane[2] + tile[2];
