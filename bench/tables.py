@@ -183,8 +183,8 @@ def results_page() -> str:
         if record["machine"]["kind"] == "cpu":
             load = record["machine"]["load_average"]
             part += (
-                f"Load of the machine (runnable processes over a minute) {load[0]} before and {load[1]} after: it is shared,"
-                " so the table shows ratios of interleaved runs and no times.\n"
+                f"Load of the machine (runnable processes over a minute) {load[0]} before and {load[1]} after: it is"
+                " shared, so the table shows ratios of interleaved runs and no times.\n"
             )
         part += f"Host time per call of a tiny layer: PyTorch {host['torch']} µs, tconv {host['tconv']} µs.\n\n"
         part += summary(record) + "\n\n"
