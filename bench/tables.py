@@ -65,6 +65,7 @@ def seeds() -> str:
     """The four seeds in fp32, forward and the gradients, on every machine with results."""
     parts = []
     for _, record in records():
+        on_cpu = record["machine"]["kind"] == "cpu"
         rows = [r for r in record["rows"] if r["seed"] and r["dtype"] == "f32" and r["layout"] == "contiguous"]
         lines = []
         for name in dict.fromkeys(r["name"] for r in rows):
@@ -74,14 +75,15 @@ def seeds() -> str:
             cells = [first["seed"], f"`{problem}`"]
             for direction in ("forward", "backward" if "backward" in own else "train"):
                 row = own.get(direction)
-                if row is None:
-                    cells += ["", "", ""]
-                else:
-                    cells += [number(row["torch_ms"]), number(row["tconv_ms"]), f"**{row['ratio']:.2f}**"]
+                ratio = f"**{row['ratio']:.2f}**" if row else ""
+                times = [number(row["torch_ms"]), number(row["tconv_ms"])] if row else ["", ""]
+                cells += [ratio] if on_cpu else [*times, ratio]
             lines.append(cells)
         if lines:
             header = ["", "problem", "forward: PyTorch ms", "tconv ms", "ratio"]
             header += ["gradients¹: PyTorch ms", "tconv ms", "ratio"]
+            if on_cpu:  # shared machines: the sides run in turns, so ratios hold where times do not
+                header = ["", "problem", "forward: ratio", "gradients¹: ratio"]
             parts.append(f"{where(record)}:\n\n{markdown(header, sorted(lines, key=lambda cells: cells[0]))}")
     note = "\n\n¹ input, weight and bias; for the chain S4 a whole training step, forward pass included."
     return "\n\n".join(parts) + note if parts else "No results have been committed yet."
@@ -121,13 +123,17 @@ def everything(record: dict[str, Any]) -> str:
             number(row["torch_ms"]), number(row["tconv_ms"]), f"{row['ratio']:.2f}", f"{row['share_of_floor']:.0%}",
             f"{row['relative_l2']:.0e}", megabytes(extra["torch"]), megabytes(extra["tconv"]), kernels,
         ]  # fmt: skip
-        if not on_cpu:
+        if on_cpu:
+            del cells[3:5]
+        else:
             graph = row.get("graph_ms")
             cells.insert(6, f"{graph['torch'] / graph['tconv']:.2f}" if graph else "")
         lines.append(cells)
     header = ["problem", "dtype", "what", "PyTorch ms", "tconv ms", "ratio", "of floor", "rel. L2 to PyTorch",
               "extra MB PyTorch", "extra MB tconv", "kernels"]  # fmt: skip
-    if not on_cpu:
+    if on_cpu:
+        del header[3:5]
+    else:
         header.insert(6, "ratio in CUDA graphs")
     return markdown(header, lines)
 
@@ -174,6 +180,12 @@ def results_page() -> str:
     for stem, record in records():
         host = record["host_us_per_call"]
         part = f"## {record['machine']['name']}\n\n{where(record)}. {record['method'].capitalize()}.\n"
+        if record["machine"]["kind"] == "cpu":
+            load = record["machine"]["load_average"]
+            part += (
+                f"Load of the machine (runnable processes over a minute) {load[0]} before and {load[1]} after: it is"
+                " shared, so the table shows ratios of interleaved runs and no times.\n"
+            )
         part += f"Host time per call of a tiny layer: PyTorch {host['torch']} µs, tconv {host['tconv']} µs.\n\n"
         part += summary(record) + "\n\n"
         image = ROOT / "docs" / "images" / f"{stem}.png"

@@ -22,7 +22,7 @@ Isa detect_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512) return Isa::avx512;
+  if (avx2 && avx512) return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::portable;
@@ -54,6 +54,7 @@ std::string detect_name() {
 double fp32_tflops_per_core(Isa isa) {
   switch (isa) {
     case Isa::avx512:
+    case Isa::avx512_bf16:
       return 0.1;
     case Isa::avx2:
       return 0.05;
@@ -91,6 +92,7 @@ Device cpu_device() {
 }
 
 Device known_device(const std::string& name) {
+  if (name == "cpu_avx512_bf16") return make_cpu(name, Isa::avx512_bf16, 8);
   if (name == "cpu_avx512") return make_cpu(name, Isa::avx512, 8);
   if (name == "cpu_avx2") return make_cpu(name, Isa::avx2, 8);
   if (name == "cpu_portable") return make_cpu(name, Isa::portable, 8);
@@ -125,7 +127,8 @@ Device known_device(const std::string& name) {
     device.shared_memory_per_multiprocessor = 164 << 10;
     return device;
   }
-  throw std::invalid_argument("device must be one of h200 a100 cpu_avx512 cpu_avx2 cpu_portable, got `" + name + "`");
+  throw std::invalid_argument(
+      "device must be one of h200 a100 cpu_avx512_bf16 cpu_avx512 cpu_avx2 cpu_portable, got `" + name + "`");
 }
 
 }  // namespace tconv

@@ -9,9 +9,11 @@
 #if defined(__x86_64__)
 #define KERNEL_avx2(...) __VA_ARGS__
 #define KERNEL_avx512(...) __VA_ARGS__
+#define KERNEL_avx512_bf16(...) __VA_ARGS__
 #else
 #define KERNEL_avx2(...)
 #define KERNEL_avx512(...)
+#define KERNEL_avx512_bf16(...)
 #endif
 
 namespace tconv::cpu {

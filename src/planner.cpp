@@ -22,6 +22,7 @@
 
 #include "hash.h"
 #include "measured.h"
+#include "pages.h"
 #include "simplify.h"
 
 namespace tconv {
@@ -367,6 +368,7 @@ class Buffer {
  public:
   explicit Buffer(std::size_t bytes) : data_(std::aligned_alloc(kAlignment, align(bytes))) {
     if (data_ == nullptr) throw std::bad_alloc();
+    prefer_huge_pages(data_, bytes);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -376,6 +378,21 @@ class Buffer {
  private:
   void* data_;
 };
+
+std::size_t result_bytes(const Step& step) {
+  const Problem& problem = step.problem;
+  const bool whole = problem.direction == Direction::forward || problem.direction == Direction::epilogue;
+  const std::int64_t elements = problem.direction == Direction::grad_input    ? input_elements(problem)
+                                : problem.direction == Direction::grad_weight ? weight_elements(problem)
+                                                                              : output_elements(problem);
+  const DType dtype = whole ? step.epilogue.output_dtype.value_or(problem.dtype) : problem.dtype;
+  return static_cast<std::size_t>(elements) * size_of(dtype);
+}
+
+void launch(const Step& step, const Tensors& tensors, Stream stream) {
+  if (step.device.backend == Backend::cpu) prefer_huge_pages(tensors.output, result_bytes(step));
+  step.kernel->launch(step, tensors, stream);
+}
 
 void append_number(std::string& text, double value) {
   char buffer[32];
@@ -500,7 +517,7 @@ void execute(const Plan& plan, const Tensors& tensors, Stream stream) {
     const Step& step = plan.steps.front();
     Tensors view = tensors;
     view.workspace = step.workspace_bytes > 0 ? workspace + step.workspace_offset : nullptr;
-    step.kernel->launch(step, view, stream);
+    launch(step, view, stream);
     return;
   }
   void* raw = plan.raw_offset != Plan::npos ? workspace + plan.raw_offset
@@ -523,7 +540,7 @@ void execute(const Plan& plan, const Tensors& tensors, Stream stream) {
       view.input = raw;
       std::copy(tensors.operands.begin() + step.first_operand, tensors.operands.end(), view.operands.begin());
     }
-    step.kernel->launch(step, view, stream);
+    launch(step, view, stream);
   }
 }
 

@@ -10,7 +10,7 @@
 namespace tconv {
 
 enum class Backend : std::uint8_t { cpu, cuda };
-enum class Isa : std::uint8_t { portable, avx2, avx512 };
+enum class Isa : std::uint8_t { portable, avx2, avx512, avx512_bf16 };  // each includes those before it
 
 struct Device {
   Backend backend = Backend::cpu;
@@ -40,7 +40,7 @@ Device cuda_device(int index);     // throws std::runtime_error: no driver, no s
 int cuda_device_count() noexcept;  // 0 without a driver
 
 // Hand-written devices, for planning without them.
-Device known_device(const std::string& name);  // "h200", "a100", "cpu_avx512", "cpu_avx2", "cpu_portable"
+Device known_device(const std::string& name);  // h200 a100 cpu_avx512_bf16 cpu_avx512 cpu_avx2 cpu_portable
 
 }  // namespace tconv
 #pragma GCC visibility pop

@@ -310,7 +310,7 @@ Fit fit_finish(const Problem& problem, const Epilogue& epilogue, const Device& d
   const double bytes =
       elements * static_cast<double>(size_of(problem.dtype)) * ((twice ? 2 : 1) * (backward(problem) ? 2 : 1) + 1);
   // Vector operations of 16 lanes a core and ns; 12 of them for an operation and element.
-  const double lanes = target == Isa::avx512 ? 16 : target == Isa::avx2 ? 8 : 3;
+  const double lanes = target >= Isa::avx512 ? 16 : target >= Isa::avx2 ? 8 : 3;
   const double work_us = elements * static_cast<double>(2 + epilogue.ops.size()) * (twice ? 2 : 1) *
                          (backward(problem) ? 2 : 1) * 12 / (lanes * 2000) / std::max(1, device.cores) *
                          (problem.dtype == DType::f64 ? 8 : 1);

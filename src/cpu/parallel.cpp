@@ -15,6 +15,8 @@
 #include <new>
 #include <thread>
 
+#include "pages.h"
+
 namespace tconv::cpu {
 namespace {
 
@@ -197,8 +199,12 @@ void* thread_scratch(std::int64_t bytes) {
   if (scratch.bytes < bytes) {
     std::free(scratch.data);
     scratch.bytes = 0;
-    scratch.data = std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64));
+    // Planes of half a megabyte and more in one huge page: their rows lie one or more 4 KB pages apart.
+    const std::int64_t unit = bytes >= (512 << 10) ? 2 << 20 : 64;
+    const std::size_t size = static_cast<std::size_t>((bytes + unit - 1) / unit * unit);
+    scratch.data = std::aligned_alloc(static_cast<std::size_t>(unit), size);
     if (!scratch.data) throw std::bad_alloc();
+    prefer_huge_pages(scratch.data, size);
     scratch.bytes = bytes;
   }
   return scratch.data;

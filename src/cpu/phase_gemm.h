@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "cpu/grad_bias.h"
 #include "kernel.h"
 
 namespace tconv::cpu {
@@ -26,6 +27,7 @@ struct PhaseGemmTask {
   DType dtype, result_dtype;
   Layout layout;
   std::int64_t batch, groups, k, m;  // k source and m result channels per group
+  std::int64_t rows;                 // staged per source phase: k, or pairs of channels for products of bf16 pairs
   std::int64_t source_channels;      // of the whole tensor
   const void* source;
   void* result;
@@ -44,6 +46,7 @@ struct PhaseGemmTask {
   const int* phase_taps;            // [phase]: first tap; one more entry at the end
   const std::int64_t* tap_offset;   // [tap]: from the plane's origin to the tap's first element
   const std::int64_t* mask_offset;  // [tap]: the same into the mask, which has one plane per phase
+  const std::int64_t* tap_source;   // [tap][2]: source depth and row of grid position 0
   std::int64_t num_taps;
   const void* weight;  // packed S: [group][m block][tap][k][m of the block]
   bool masked;         // a weight is not finite: zeros outside the source must not be multiplied
@@ -55,9 +58,20 @@ struct PhaseGemmTask {
   int num_ops;
 };
 
+// Weights in the order that the register tiles read: [group][m block][tap, sorted][k][m of the block].
+struct PackTask {
+  DType dtype;
+  const void* weight;
+  void* packed;
+  std::int64_t elements;  // of the weight tensor
+  std::int64_t taps, k, rows, m, k_stride, m_stride;
+  const int* tap_slot;  // [tap] -> sorted
+};
+
 struct PhaseGemmLoops {
   Isa target;
-  int register_m;  // largest register tile
+  int register_m;                                    // largest register tile
+  bool (*pack)(const PackTask&, std::int64_t item);  // item: group, m block; returns whether all are finite
   void (*run)(const PhaseGemmTask&, std::int64_t item, void* scratch);
   std::int64_t (*scratch_bytes)(const PhaseGemmTask&);
 };
@@ -75,17 +89,14 @@ struct GradWeightTask {
   std::int64_t parts, num_tiles;  // tiles (over batch and grid) are dealt to parts in order
   void* partial;                  // S: [part][weight]
   std::int64_t weight_elements;
-  // grad_bias
-  std::int64_t bias_run, bias_runs;  // positions of one partial sum
-  double* bias_sums;                 // [b * bias_runs + run][channel]
 };
 
 struct GradWeightLoops {
   Isa target;
   void (*run)(const GradWeightTask&, std::int64_t item, void* scratch);
   std::int64_t (*scratch_bytes)(const GradWeightTask&);
-  void (*sum_bias)(const GradWeightTask&, std::int64_t item, void* scratch);  // item: see bias_items
   void (*merge)(const GradWeightTask&, std::int64_t first, std::int64_t last, void* result);
+  SumBias sum_bias;
 };
 
 Fit fit_grad_weight(const Problem&, const Epilogue&, const Device&, Isa target);

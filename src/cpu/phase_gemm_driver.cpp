@@ -21,9 +21,10 @@ struct DimTap {
 
 struct Geometry {
   PhaseGemmTask task{};
-  std::vector<std::int64_t> plane_phase, tap_offset, mask_offset;
+  std::vector<std::int64_t> plane_phase, tap_offset, mask_offset, tap_source;
   std::vector<int> phase_taps;
   std::vector<int> tap_order;  // [sorted] -> index of the tap in the weight tensor
+  std::vector<int> tap_slot;   // the reverse
   double cycles = 0;           // of one core, predicted, all items
   double critical_cycles = 0;  // of the busiest core
 };
@@ -46,7 +47,7 @@ std::vector<DimTap> dim_taps(const Problem& problem, int dim) {
 }
 
 int lanes_of(Isa target, bool f64) {
-  const int bytes = target == Isa::avx512 ? 64 : target == Isa::avx2 ? 32 : 16;
+  const int bytes = target >= Isa::avx512 ? 64 : target >= Isa::avx2 ? 32 : 16;
   return bytes / (f64 ? 8 : 4);
 }
 
@@ -177,6 +178,7 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   task.k = (forward ? problem.in_channels : problem.out_channels) / problem.groups;
   task.m = (forward ? problem.out_channels : problem.in_channels) / problem.groups;
   task.source_channels = task.groups * task.k;
+  task.rows = target == Isa::avx512_bf16 ? (task.k + 1) / 2 : task.k;
   std::vector<DimTap> taps[3];
   std::vector<int> phases[3];  // used source phases
   std::int64_t range[3];
@@ -217,12 +219,12 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   layer.phases = num_result_phases;
   layer.planes = task.num_planes;
   layer.taps = static_cast<double>(task.num_taps);
-  layer.k = static_cast<double>(task.k);
+  layer.k = static_cast<double>(task.rows);
   layer.m = static_cast<double>(std::max<std::int64_t>(1, task.m));
   layer.batch_groups = static_cast<double>(problem.batch * problem.groups);
   layer.lanes = lanes_of(target, f64);
   layer.cores = std::max(1, device.cores);
-  layer.register_m = target == Isa::avx512 ? 8 : 4;
+  layer.register_m = target >= Isa::avx512 ? 8 : 4;
   layer.element_bytes = f64 ? 8 : 4;
   layer.l2_bytes = static_cast<double>(device.l2_bytes);
   layer.channels_last = problem.layout == Layout::channels_last;
@@ -263,14 +265,20 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
                   tw.shift - task.first_shift[2];
               geometry->tap_order.push_back(
                   static_cast<int>((td.tap * problem.kernel[1] + th.tap) * problem.kernel[2] + tw.tap));
-              geometry->tap_offset.push_back(plane * task.k * task.plane_pitch + offset);
+              geometry->tap_offset.push_back(plane * task.rows * task.plane_pitch + offset);
               geometry->mask_offset.push_back(plane * mask_pitch + offset);
+              geometry->tap_source.push_back(task.source_step[0] * td.shift + td.source_phase);
+              geometry->tap_source.push_back(task.source_step[1] * th.shift + th.source_phase);
             }
       }
   geometry->phase_taps.push_back(static_cast<int>(geometry->tap_order.size()));
+  geometry->tap_slot.resize(geometry->tap_order.size());
+  for (std::size_t slot = 0; slot < geometry->tap_order.size(); ++slot)
+    geometry->tap_slot[static_cast<std::size_t>(geometry->tap_order[slot])] = static_cast<int>(slot);
   task.phase_taps = geometry->phase_taps.data();
   task.tap_offset = geometry->tap_offset.data();
   task.mask_offset = geometry->mask_offset.data();
+  task.tap_source = geometry->tap_source.data();
   return geometry;
 }
 
@@ -284,68 +292,27 @@ std::size_t workspace_bytes(const Problem& problem, const Epilogue& epilogue) {
   return bytes;
 }
 
-template <class From, class S, class Convert>
-bool pack_block(const Problem& problem, const Geometry& geometry, const From* weight, std::int64_t g, std::int64_t m0,
-                std::int64_t block, S* packed, Convert convert) {
-  const PhaseGemmTask& task = geometry.task;
-  const std::int64_t taps = task.num_taps, k_count = task.k;
-  const bool forward = problem.direction == Direction::forward;
-  const std::int64_t k_stride = (forward ? task.m : 1) * taps, m_stride = (forward ? 1 : task.k) * taps;
-  weight += g * task.k * task.m * taps + m0 * m_stride;
-  S* out = packed + (g * task.m + m0) * taps * k_count;
-  S nonfinite = 0;
-  const int* order = geometry.tap_order.data();
-  // Sixteen taps at a time keep both the reads and the writes within a few open lines.
-  for (std::int64_t t0 = 0; t0 < taps; t0 += 16) {
-    const std::int64_t t1 = std::min(taps, t0 + 16);
-    for (std::int64_t k = 0; k < k_count; ++k)
-      for (std::int64_t m = 0; m < block; ++m) {
-        const From* from = weight + k * k_stride + m * m_stride;
-        for (std::int64_t t = t0; t < t1; ++t) {
-          const S value = convert(from[order[t]]);
-          nonfinite += value * 0;
-          out[(t * k_count + k) * block + m] = value;
-        }
-      }
-  }
-  return nonfinite == 0;
-}
-
 // Returns whether every weight is finite.
-bool pack_weights(const Problem& problem, const Geometry& geometry, const void* weight, void* packed, int register_m,
-                  int threads) {
+bool pack_weights(const Problem& problem, const Geometry& geometry, const void* weight, void* packed, int threads,
+                  const PhaseGemmLoops& loops) {
   const PhaseGemmTask& task = geometry.task;
-  const std::int64_t blocks = (task.m + register_m - 1) / register_m;
+  const bool forward = problem.direction == Direction::forward;
+  PackTask pack{};
+  pack.dtype = problem.dtype;
+  pack.weight = weight;
+  pack.packed = packed;
+  pack.elements = weight_elements(problem);
+  pack.taps = task.num_taps;
+  pack.k = task.k;
+  pack.rows = task.rows;
+  pack.m = task.m;
+  pack.k_stride = (forward ? task.m : 1) * task.num_taps;
+  pack.m_stride = (forward ? 1 : task.k) * task.num_taps;
+  pack.tap_slot = geometry.tap_slot.data();
+  const std::int64_t blocks = (task.m + loops.register_m - 1) / loops.register_m;
   std::atomic<bool> finite{true};
   parallel_for(task.groups * blocks, threads, [&](std::int64_t item) {
-    const std::int64_t g = item / blocks;
-    std::int64_t m0 = item % blocks * register_m;
-    const std::int64_t m1 = std::min<std::int64_t>(task.m, m0 + register_m);
-    while (m0 < m1) {  // the last block splits into powers of two, as the register tiles do
-      std::int64_t block = register_m;
-      while (block > m1 - m0) block /= 2;
-      bool good = true;
-      switch (problem.dtype) {
-        case DType::f32:
-          good = pack_block(problem, geometry, static_cast<const float*>(weight), g, m0, block,
-                            static_cast<float*>(packed), [](float x) { return x; });
-          break;
-        case DType::f64:
-          good = pack_block(problem, geometry, static_cast<const double*>(weight), g, m0, block,
-                            static_cast<double*>(packed), [](double x) { return x; });
-          break;
-        case DType::f16:
-          good = pack_block(problem, geometry, static_cast<const std::uint16_t*>(weight), g, m0, block,
-                            static_cast<float*>(packed), [](std::uint16_t x) { return half_to_float(x); });
-          break;
-        case DType::bf16:
-          good = pack_block(problem, geometry, static_cast<const std::uint16_t*>(weight), g, m0, block,
-                            static_cast<float*>(packed), [](std::uint16_t x) { return bfloat_to_float(x); });
-          break;
-      }
-      if (!good) finite.store(false, std::memory_order_relaxed);
-      m0 += block;
-    }
+    if (!loops.pack(pack, item)) finite.store(false, std::memory_order_relaxed);
   });
   return finite.load();
 }
@@ -369,13 +336,24 @@ Fit fit_phase_gemm(const Problem& problem, const Epilogue& epilogue, const Devic
     fit.refusal = "f64 cannot be mixed with another dtype";
     return fit;
   }
+  if (target == Isa::avx512_bf16) {
+    // Products of pairs of bf16: two source channels at a time, whose values must still be those of the tensor.
+    const bool forward = problem.direction == Direction::forward;
+    const std::int64_t k = (forward ? problem.in_channels : problem.out_channels) / problem.groups;
+    if (problem.dtype != DType::bf16)
+      fit.refusal = "multiplies bf16 only, not " + std::string(to_string(problem.dtype));
+    if (!epilogue.pre.empty())
+      fit.refusal = "cannot apply an operation to the input without rounding its result to bf16";
+    if (k % 2 != 0) fit.refusal = "an odd number of source channels per group, " + std::to_string(k);
+    if (!fit.refusal.empty()) return fit;
+  }
   const int norm = norm_index(epilogue);
   fit.fused_ops = norm < 0 ? static_cast<int>(epilogue.ops.size()) : norm;
   fit.fused_pre = true;
   fit.workspace_bytes = workspace_bytes(problem, epilogue);
   const std::shared_ptr<Geometry> geometry = make_geometry(problem, device, target);
   // fp32_tflops counts both FMA pipes of every core at the machine's own vector width.
-  const double flops_per_cycle = device.isa == Isa::avx512 ? 64 : device.isa == Isa::avx2 ? 32 : 16;
+  const double flops_per_cycle = device.isa >= Isa::avx512 ? 64 : device.isa >= Isa::avx2 ? 32 : 16;
   const double cycles_per_us = std::max(500.0, device.fp32_tflops * 1e6 / device.cores / flops_per_cycle);
   const double pack = static_cast<double>(weight_elements(problem)) * 3 / device.cores;
   const double chain = static_cast<double>(output_elements(problem)) * fit.fused_ops * 12 /
@@ -409,8 +387,7 @@ void launch_phase_gemm(const Step& step, const Tensors& tensors, Stream stream, 
   const DType arithmetic = problem.dtype == DType::f64 ? DType::f64 : DType::f32;
   task.weight = workspace;
   workspace += round_up(static_cast<std::size_t>(weight_elements(problem)) * element + 64);
-  const bool finite =
-      pack_weights(problem, *geometry, tensors.weight, const_cast<void*>(task.weight), loops.register_m, threads);
+  const bool finite = pack_weights(problem, *geometry, tensors.weight, const_cast<void*>(task.weight), threads, loops);
   task.masked = !finite;
   const bool forward = problem.direction == Direction::forward;
   task.source = forward ? tensors.input : tensors.grad_output;
@@ -470,13 +447,10 @@ Parts parts_of(const Problem& problem, const PhaseGemmTask& task) {
   return parts;
 }
 
-constexpr std::int64_t kBiasRun = 16384;  // positions of one partial sum of grad_bias
-
 std::size_t grad_weight_workspace(const Problem& problem, const PhaseGemmTask& task) {
   const std::size_t element = problem.dtype == DType::f64 ? 8 : 4;
-  const std::int64_t positions = volume(output_size(problem)), runs = (positions + kBiasRun - 1) / kBiasRun;
   return round_up(static_cast<std::size_t>(parts_of(problem, task).parts * weight_elements(problem)) * element) +
-         round_up(static_cast<std::size_t>(problem.batch * runs * problem.out_channels) * sizeof(double)) + 64;
+         grad_bias_bytes(problem) + 64;
 }
 
 }  // namespace
@@ -495,7 +469,7 @@ Fit fit_grad_weight(const Problem& problem, const Epilogue& epilogue, const Devi
   fit.fused_ops = static_cast<int>(epilogue.ops.size());
   const std::shared_ptr<Geometry> geometry = make_geometry(problem, device, target);
   fit.workspace_bytes = grad_weight_workspace(problem, geometry->task);
-  const double flops_per_cycle = device.isa == Isa::avx512 ? 64 : device.isa == Isa::avx2 ? 32 : 16;
+  const double flops_per_cycle = device.isa >= Isa::avx512 ? 64 : device.isa >= Isa::avx2 ? 32 : 16;
   const double cycles_per_us = std::max(500.0, device.fp32_tflops * 1e6 / device.cores / flops_per_cycle);
   const double memory = minimum_bytes(problem) / (device.bandwidth_tbs * 1e6);
   fit.microseconds = 5 + std::max(geometry->critical_cycles / cycles_per_us, memory);
@@ -555,19 +529,7 @@ void launch_grad_weight(const Step& step, const Tensors& tensors, Stream stream,
   parallel_for((task.weight_elements + kMerge - 1) / kMerge, threads, [&](std::int64_t item) {
     loops.merge(task, item * kMerge, std::min(task.weight_elements, (item + 1) * kMerge), tensors.output);
   });
-  if (!tensors.grad_bias) return;
-  const std::int64_t positions = volume(output_size(problem));
-  task.bias_run = kBiasRun;
-  task.bias_runs = (positions + kBiasRun - 1) / kBiasRun;
-  task.bias_sums = reinterpret_cast<double*>(workspace);
-  const std::int64_t rows = problem.batch * task.bias_runs;
-  parallel_for(rows * (problem.layout == Layout::contiguous ? problem.out_channels : 1), threads,
-               [&](std::int64_t item) { loops.sum_bias(task, item, thread_scratch(scratch_bytes)); });
-  for (std::int64_t c = 0; c < problem.out_channels; ++c) {
-    double sum = 0;
-    for (std::int64_t row = 0; row < rows; ++row) sum += task.bias_sums[row * problem.out_channels + c];
-    store_element(tensors.grad_bias, problem.dtype, c, sum);
-  }
+  if (tensors.grad_bias) launch_grad_bias(problem, tensors, workspace, threads, loops.sum_bias);
 }
 
 }  // namespace tconv::cpu

@@ -7,6 +7,7 @@
 // Refuses   Other directions; targets above the machine's.
 // Reads as  phase_gemm.h states the formulation, phase_gemm_driver.cpp chooses tiles and parts.
 // SPDX-License-Identifier: Apache-2.0
+#include "cpu/grad_bias_rows.h"
 #include "cpu/planes.h"
 
 namespace tconv::cpu {
@@ -95,7 +96,7 @@ int64_t carve(const GradWeightTask& task, void* scratch, Staged<S>* x, Staged<S>
   x->mask = take(gradient.plane_pitch + kSlack);
   g->planes = take(gradient.num_planes * gradient.k * gradient.plane_pitch + kSlack);
   g->mask = take(gradient.num_planes * gradient.plane_pitch + kSlack);
-  const int64_t channels = max_of(max_of(gradient.k, gradient.m_chunk), 4096);
+  const int64_t channels = max_of(gradient.k, gradient.m_chunk);
   x->line = g->line = take(max_of(gradient.source_step[2] * (gradient.plane[2] + kLanes<S>), channels) + kSlack);
   return used;
 }
@@ -134,7 +135,7 @@ void run_typed(const GradWeightTask& task, int64_t item, void* scratch) {
   S* partial = static_cast<S*>(task.partial) + part * task.weight_elements +
                (group * gradient.m + m0) * gradient.k * gradient.num_taps;
   zero(partial, m_count * gradient.k * gradient.num_taps);
-  input.k = m_count;
+  input.k = input.rows = m_count;
   const int64_t* tile = gradient.tile;
   const int64_t pitch = gradient.plane_pitch;
   const int64_t length = ((tile[0] - 1) * gradient.plane[1] + tile[1] - 1) * gradient.plane[2] + tile[2];
@@ -182,45 +183,6 @@ void run_typed(const GradWeightTask& task, int64_t item, void* scratch) {
 }
 
 template <class S>
-void sum_bias_typed(const GradWeightTask& task, int64_t item, void* scratch) {
-  const PhaseGemmTask& gradient = task.gradient;
-  const int64_t channels = gradient.source_channels;
-  const int64_t positions = gradient.source_size[0] * gradient.source_size[1] * gradient.source_size[2];
-  Staged<S> x, g;
-  carve<S>(task, scratch, &x, &g);
-  S* line = x.line;
-  constexpr int64_t kPiece = 4096;
-  if (gradient.layout == Layout::contiguous) {
-    const int64_t c = item % channels, row = item / channels;
-    const int64_t b = row / task.bias_runs, p0 = row % task.bias_runs * task.bias_run;
-    const int64_t p1 = min_of(positions, p0 + task.bias_run);
-    double total = 0;
-    for (int64_t p = p0; p < p1; p += kPiece) {
-      const int64_t n = min_of(kPiece, p1 - p);
-      load_row(gradient.source, gradient.dtype, (b * channels + c) * positions + p, n, line);
-      Vec<S> sum{};
-      int64_t i = 0;
-      for (; i + kLanes<S> <= n; i += kLanes<S>) sum += load(line + i);
-      S rest = 0;
-      for (; i < n; ++i) rest += line[i];
-      total += static_cast<double>(reduce<S>(sum)) + static_cast<double>(rest);
-    }
-    task.bias_sums[row * channels + c] = total;
-    return;
-  }
-  const int64_t b = item / task.bias_runs, p0 = item % task.bias_runs * task.bias_run;
-  const int64_t p1 = min_of(positions, p0 + task.bias_run);
-  double* sums = task.bias_sums + item * channels;
-  for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
-  for (int64_t p = p0; p < p1; ++p)
-    for (int64_t c0 = 0; c0 < channels; c0 += kPiece) {
-      const int64_t n = min_of(kPiece, channels - c0);
-      load_row(gradient.source, gradient.dtype, (b * positions + p) * channels + c0, n, line);
-      for (int64_t c = 0; c < n; ++c) sums[c0 + c] += static_cast<double>(line[c]);
-    }
-}
-
-template <class S>
 void merge_typed(const GradWeightTask& task, int64_t first, int64_t last, void* result) {
   const S* partial = static_cast<const S*>(task.partial);
   S values[256 + kLanes<S>] = {};
@@ -245,14 +207,11 @@ int64_t scratch_bytes(const GradWeightTask& task) {
   Staged<float> xf, gf;
   return is_double(task) ? carve<double>(task, nullptr, &x, &g) : carve<float>(task, nullptr, &xf, &gf);
 }
-void sum_bias(const GradWeightTask& task, int64_t item, void* scratch) {
-  is_double(task) ? sum_bias_typed<double>(task, item, scratch) : sum_bias_typed<float>(task, item, scratch);
-}
 void merge(const GradWeightTask& task, int64_t first, int64_t last, void* result) {
   is_double(task) ? merge_typed<double>(task, first, last, result) : merge_typed<float>(task, first, last, result);
 }
 
-constexpr GradWeightLoops kLoops = {Isa::TCONV_TARGET, run, scratch_bytes, sum_bias, merge};
+constexpr GradWeightLoops kLoops = {Isa::TCONV_TARGET, run, scratch_bytes, merge, sum_bias};
 
 Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config&) {
   return fit_grad_weight(problem, epilogue, device, Isa::TCONV_TARGET);

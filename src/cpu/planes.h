@@ -19,6 +19,21 @@ struct Place {
   int64_t q0[3], n[3];
 };
 
+// Whether rows are pairs of bf16 channels, in words that pass through registers as fp32 but are never computed with.
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+// words[x] = element (index + x) in the low half, element (index + x + distance) in the high half.
+template <class S>
+void load_pairs(const void* source, int64_t index, int64_t distance, int64_t n, S* words) {
+  const uint16_t *low = static_cast<const uint16_t*>(source) + index, *high = low + distance;
+  uint32_t* to = reinterpret_cast<uint32_t*>(words);
+  for (int64_t x = 0; x < n; ++x) to[x] = low[x] | static_cast<uint32_t>(high[x]) << 16;
+}
+
 template <class S>
 void apply_pre(const PhaseGemmTask& task, S* row, int64_t n) {
   for (int i = 0; i < task.num_pre; ++i)
@@ -62,7 +77,7 @@ void stage_planes(const PhaseGemmTask& task, const Place& place, const Buffers& 
     const int64_t column_end = column + step * width;
     const int64_t from = max_of(0, column), until = max_of(from, min_of(task.source_size[2], column_end));
     auto row_at = [&](int plane, int64_t k, int64_t d, int64_t h) {
-      return buffers.planes + (plane * task.k + k) * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
+      return buffers.planes + (plane * task.rows + k) * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
     };
     auto source_row = [&](int64_t d, int64_t h) -> int64_t {  // first position of a source row, or -1
       const int64_t sd = task.source_step[0] * (place.q0[0] + task.first_shift[0] + d) + phase[0];
@@ -71,8 +86,8 @@ void stage_planes(const PhaseGemmTask& task, const Place& place, const Buffers& 
       return (sd * task.source_size[1] + sh) * task.source_size[2];
     };
     if (task.layout == Layout::contiguous) {
-      for (int64_t k = 0; k < task.k; ++k) {
-        const int64_t channel = (place.b * channels + place.source_channel + k) * positions;
+      for (int64_t k = 0; k < task.rows; ++k) {
+        const int64_t channel = (place.b * channels + place.source_channel + k * (kPairs ? 2 : 1)) * positions;
         for (int64_t d = 0; d < depth; ++d)
           for (int64_t h = 0; h < height; ++h) {
             const int64_t row = source_row(d, h);
@@ -81,7 +96,10 @@ void stage_planes(const PhaseGemmTask& task, const Place& place, const Buffers& 
               continue;
             }
             S* line = step == 1 ? row_at(first, k, d, h) : buffers.line;
-            load_row(task.source, task.dtype, channel + row + from, until - from, line + (from - column));
+            if constexpr (kPairs)
+              load_pairs(task.source, channel + row + from, positions, until - from, line + (from - column));
+            else
+              load_row(task.source, task.dtype, channel + row + from, until - from, line + (from - column));
             if (task.num_pre) apply_pre<S>(task, line + (from - column), until - from);
             zero(line, from - column);
             zero(line + (until - column), column_end - until);
@@ -97,14 +115,17 @@ void stage_planes(const PhaseGemmTask& task, const Place& place, const Buffers& 
           for (int plane = first; plane < next; ++plane) {
             const int64_t start = column + task.plane_phase[3 * plane + 2];
             const Span span = row < 0 ? Span{0, 0} : inside(start, step, task.source_size[2], width);
-            for (int64_t k = 0; k < task.k; ++k) {
+            for (int64_t k = 0; k < task.rows; ++k) {
               S* out = row_at(plane, k, d, h);
               zero(out, span.lo);
               zero(out + span.hi, width - span.hi);
             }
             const int64_t position = place.b * positions + row + start + step * span.lo;
-            load_transposed(task.source, task.dtype, position * channels + place.source_channel, step * channels,
-                            task.k, span.hi - span.lo, row_at(plane, 0, d, h) + span.lo, task.plane_pitch);
+            // A pair of channels is one word, and moving words keeps their bits.
+            const int64_t unit = kPairs ? 2 : 1;
+            load_transposed(task.source, kPairs ? DType::f32 : task.dtype,
+                            (position * channels + place.source_channel) / unit, step * channels / unit, task.rows,
+                            span.hi - span.lo, row_at(plane, 0, d, h) + span.lo, task.plane_pitch);
             if (task.num_pre == 0) continue;
             for (int64_t k = 0; k < task.k; ++k) {  // through the line: whole vectors would reach into the zeros
               S* out = row_at(plane, k, d, h) + span.lo;

@@ -115,13 +115,25 @@ TCONV_INLINE void copy_part(S* to, const Vec<S>& v, int64_t n) {
     memcpy(to, &v, static_cast<size_t>(n) * sizeof(S));
 }
 
-// One vector of n <= lanes elements of any dtype; lanes behind n are undefined.
+// One vector of n <= lanes elements of any dtype; zeros behind them.
 template <class S>
-TCONV_INLINE Vec<S> load_part(const void* source, DType dtype, int64_t index, int64_t n) {
-  if (n >= kLanes<S> && size_of(dtype) == sizeof(S)) return load(static_cast<const S*>(source) + index);
-  S part[2 * kLanes<S>] = {};
-  load_row(source, dtype, index, n, part);
-  return load(part);
+TCONV_INLINE Vec<S> load_lanes(const void* source, DType dtype, int64_t index, int64_t n) {
+  if constexpr (sizeof(S) == sizeof(float)) {
+    if (dtype != DType::f32) {
+      VecH half{};
+      const uint16_t* from = static_cast<const uint16_t*>(source) + index;
+      if (n >= kLanes<S>)
+        memcpy(&half, from, sizeof half);
+      else
+        memcpy(&half, from, static_cast<size_t>(n) * sizeof(uint16_t));
+      return dtype == DType::f16 ? from_half(half) : from_bfloat(half);
+    }
+  }
+  const S* from = static_cast<const S*>(source) + index;
+  if (n >= kLanes<S>) return load(from);
+  Vec<S> part{};
+  memcpy(&part, from, static_cast<size_t>(n) * sizeof(S));
+  return part;
 }
 
 // rows[c * pitch + x] = element (index + x * stride + c) for c < channels, x < n.
@@ -133,7 +145,7 @@ void load_transposed(const void* source, DType dtype, int64_t index, int64_t str
     for (int64_t c = 0; c < channels; c += kBlock) {
       const int64_t nx = n - x < kBlock ? n - x : kBlock, nc = channels - c < kBlock ? channels - c : kBlock;
       Vec<S> v[kBlock] = {};
-      for (int64_t i = 0; i < nx; ++i) v[i] = load_part<S>(source, dtype, index + (x + i) * stride + c, nc);
+      for (int64_t i = 0; i < nx; ++i) v[i] = load_lanes<S>(source, dtype, index + (x + i) * stride + c, nc);
       transpose_block<S>(v);
       for (int64_t j = 0; j < nc; ++j) copy_part(rows + (c + j) * pitch + x, v[j], nx);
     }

@@ -1,0 +1,305 @@
+// channel_gemm_grad_weight — weight gradients as outer products, channels along the vectors.
+//
+// Computes  grad_weight and grad_bias, any rank, parameters, groups, dtype and layout; the pre-activation of the input.
+// Method    Input and grad_output are staged as [position][channel]. For each position a few vectors of one side's
+//           channels are multiplied by broadcast (channel, tap) values of the other's, into register tiles of up to 24
+//           sums that stay for a whole run of positions; nothing is reduced across lanes, and a run may be short. A tap
+//           is an offset into the staged grad_output, whatever the stride. Tiles belong to at most 32 parts that depend
+//           on the problem only; parts are added in order, in double.
+// Refuses   Other directions; targets above the machine's.
+// Reads as  channel_rows.h has the register tile, channel_gemm_grad_weight_driver.cpp chooses tiles, chunks and parts.
+#include "cpu/channel_gemm_grad_weight.h"
+
+#include "cpu/channel_rows.h"
+#include "cpu/grad_bias_rows.h"
+
+namespace tconv::cpu {
+namespace {
+
+int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
+// Vectors of one block that run through the registers while the vector side's run stays in the first cache level.
+constexpr int64_t kRunBytes = 24 << 10;
+
+template <class S>
+struct Buffers {
+  S *staged[2], **sums;
+  int64_t *run[2], *offset;
+  int64_t bytes;
+};
+
+template <class S>
+Buffers<S> carve(const ChannelGradWeightTask& task, void* scratch) {
+  Buffers<S> buffers;
+  int64_t used = 0;
+  auto take = [&](int64_t bytes) {
+    void* p = scratch ? static_cast<char*>(scratch) + used : nullptr;
+    used += round_up(bytes, 64) + 64;
+    return p;
+  };
+  auto elements = [&](int64_t n) { return static_cast<S*>(take((n + kLanes<S>)*static_cast<int64_t>(sizeof(S)))); };
+  auto indices = [&](int64_t n) { return static_cast<int64_t*>(take(n * static_cast<int64_t>(sizeof(int64_t)))); };
+  const int64_t positions = task.samples * task.box[0] * task.box[1] * task.box[2];
+  const int64_t raw = task.samples * task.raw[0] * task.raw[1] * task.raw[2];
+  buffers.staged[0] = elements(positions * task.staged_pitch[0]);
+  buffers.staged[1] = elements(raw * task.staged_pitch[1]);
+  const int64_t runs = task.samples * task.box[0] * task.box[1];
+  buffers.run[0] = indices(runs);
+  buffers.run[1] = indices(runs);
+  const int64_t rows = task.chunk[1 - task.vector_side] * task.num_taps;
+  buffers.offset = indices(rows);
+  buffers.sums = static_cast<S**>(take(rows * static_cast<int64_t>(sizeof(S*))));
+  buffers.bytes = used;
+  return buffers;
+}
+
+// One tile of one item.
+template <class S>
+struct Work {
+  const ChannelGradWeightTask& task;
+  Buffers<S> buffers;
+  int64_t group, b, samples, first[2], count[2], pitch[2];  // channels of the item
+  int64_t q0[3], n[3], raw[3];
+  S* partial;  // of the item's part and group
+
+  bool stage(int side) {
+    ChannelBox box{};
+    box.source = task.source[side];
+    box.dtype = task.dtype;
+    box.layout = task.layout;
+    box.channels = task.whole_channels[side];
+    box.size = task.size[side];
+    box.channel = group * task.channels[side] + first[side];
+    box.n = count[side];
+    int64_t volume = 1;
+    box.step = side == 0 ? 1 : task.stride[2];
+    // Taps a multiple of the stride apart read one phase only: that of the first.
+    box.phase = side == 1 && (task.kernel[2] == 1 || task.dilation[2] % task.stride[2] == 0) ? 0 : -1;
+    for (int dim = 0; dim < 3; ++dim) {
+      box.first[dim] = side == 0 ? q0[dim] : task.stride[dim] * q0[dim] - task.padding[dim];
+      box.extent[dim] = side == 0 ? n[dim] : raw[dim];
+      volume *= box.extent[dim];
+    }
+    if (side == 1) box.used[0] = task.used[0], box.used[1] = task.used[1];
+    bool finite = true;
+    for (int64_t sample = 0; sample < samples; ++sample) {
+      box.b = b + sample;
+      S* target = buffers.staged[side] + sample * volume * pitch[side];
+      if (side == 1 || task.num_pre == 0) {
+        finite &= stage_box<S>(box, target, pitch[side], [](const Vec<S>& v) { return v; });
+        continue;
+      }
+      finite &= stage_box<S>(box, target, pitch[side], [&](const Vec<S>& v) {
+        S row[kLanes<S>];
+        store(row, v);
+        for (int i = 0; i < task.num_pre; ++i) {
+          const auto& op = task.pre[i];
+          apply_pointwise<S>(op.kind, static_cast<S>(op.a), static_cast<S>(op.b), nullptr, 0, row, kLanes<S>);
+        }
+        return load(row);
+      });
+    }
+    return finite;
+  }
+
+  void find_runs() {
+    int64_t run = 0;
+    for (int64_t sample = 0; sample < samples; ++sample)
+      for (int64_t d = 0; d < n[0]; ++d)
+        for (int64_t h = 0; h < n[1]; ++h, ++run) {
+          buffers.run[0][run] = run * n[2] * pitch[0];
+          buffers.run[1][run] =
+              ((sample * raw[0] + d * task.stride[0]) * raw[1] + h * task.stride[1]) * raw[2] * pitch[1];
+        }
+  }
+
+  int64_t tap_offset(int64_t tap) const {
+    const int64_t w = tap % task.kernel[2], h = tap / task.kernel[2] % task.kernel[1],
+                  d = tap / task.kernel[2] / task.kernel[1];
+    const int64_t column = w * task.dilation[2], step = task.stride[2];
+    return ((d * task.dilation[0] * raw[1] + h * task.dilation[1]) * raw[2] + column % step * (raw[2] / step) +
+            column / step) *
+           pitch[1];
+  }
+
+  // Products of taps [first_tap, last_tap) over the columns [lo, hi) of the runs in the tables.
+  void multiply(int64_t first_tap, int64_t last_tap, int64_t runs, int64_t lo, int64_t hi) {
+    const int v = task.vector_side, o = 1 - v;
+    const int64_t* step = pitch;
+    const int64_t vectors = (count[v] + kLanes<S> - 1) / kLanes<S>,
+                  blocks = (vectors + kMostVectors - 1) / kMostVectors;
+    ChannelTile<S> tile{};
+    tile.n = hi - lo;
+    tile.v_step = step[v];
+    tile.b_step = step[o];
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t v0 = block * vectors / blocks;
+      const int block_vectors = static_cast<int>((block + 1) * vectors / blocks - v0);
+      const int most = block_vectors == 1   ? rows_for(1)
+                       : block_vectors == 2 ? rows_for(2)
+                       : block_vectors == 3 ? rows_for(3)
+                                            : rows_for(4);
+      const int64_t together = max_of(1, kRunBytes / (tile.n * block_vectors * kVecBytes));
+      for (int64_t run = 0; run < runs; run += together) {
+        tile.runs = min_of(together, runs - run);
+        tile.run_v = buffers.run[v] + run;
+        tile.run_b = buffers.run[o] + run;
+        auto product = [&](const S* vector, const S* scalar, int64_t rows, const int64_t* offset, S* const* sums) {
+          tile.vector = vector + v0 * kLanes<S> + lo * step[v];
+          tile.scalar = scalar + lo * step[o];
+          for (int64_t r = 0; r < rows;) {
+            const int64_t left = rows - r;  // the last two tiles share what is left
+            const int height = static_cast<int>(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
+            S* at[kMostRows];
+            for (int i = 0; i < height; ++i) at[i] = sums[r + i] + v0 * kLanes<S>;
+            tile.offset = offset + r;
+            tile.sums = at;
+            channel_tile_function<S>(height, block_vectors)(tile);
+            r += height;
+          }
+        };
+        const int64_t channels = count[o];
+        if (v == 0) {  // rows are (tap, channel) pairs
+          product(buffers.staged[0], buffers.staged[1], (last_tap - first_tap) * channels,
+                  buffers.offset + first_tap * channels, buffers.sums + first_tap * channels);
+        } else {
+          for (int64_t tap = first_tap; tap < last_tap; ++tap)
+            product(buffers.staged[1] + tap_offset(tap), buffers.staged[0], channels, buffers.offset,
+                    buffers.sums + tap * channels);
+        }
+      }
+    }
+  }
+
+  // Where the input is not finite, a zero outside grad_output must not be multiplied by it: tap by tap, exact bounds.
+  void multiply_exactly() {
+    for (int64_t tap = 0; tap < task.num_taps; ++tap) {
+      const int64_t at[3] = {tap / task.kernel[2] / task.kernel[1], tap / task.kernel[2] % task.kernel[1],
+                             tap % task.kernel[2]};
+      int64_t lo[3], hi[3];
+      for (int dim = 0; dim < 3; ++dim) {
+        const int64_t start = task.stride[dim] * q0[dim] - task.padding[dim] + task.dilation[dim] * at[dim];
+        lo[dim] = start >= 0 ? 0 : min_of(n[dim], (-start + task.stride[dim] - 1) / task.stride[dim]);
+        const int64_t left = task.size[1][dim] - start;
+        hi[dim] = max_of(lo[dim], left <= 0 ? 0 : min_of(n[dim], (left + task.stride[dim] - 1) / task.stride[dim]));
+      }
+      if (lo[2] == hi[2]) continue;
+      int64_t runs = 0;
+      for (int64_t sample = 0; sample < samples; ++sample)
+        for (int64_t d = lo[0]; d < hi[0]; ++d)
+          for (int64_t h = lo[1]; h < hi[1]; ++h, ++runs) {
+            buffers.run[0][runs] = ((sample * n[0] + d) * n[1] + h) * n[2] * pitch[0];
+            buffers.run[1][runs] =
+                ((sample * raw[0] + d * task.stride[0]) * raw[1] + h * task.stride[1]) * raw[2] * pitch[1];
+          }
+      multiply(tap, tap + 1, runs, lo[2], hi[2]);
+    }
+  }
+
+  void run_tile(int64_t index) {
+    int64_t rest = index;
+    for (int dim = 2; dim >= 0; --dim) {
+      q0[dim] = rest % task.tiles[dim + 1] * task.box[dim];
+      n[dim] = min_of(task.box[dim], task.grid[dim] - q0[dim]);
+      raw[dim] = task.stride[dim] * (n[dim] - 1) + task.dilation[dim] * (task.kernel[dim] - 1) + 1;
+      if (dim == 2) raw[dim] = round_up(raw[dim], task.stride[dim]);
+      rest /= task.tiles[dim + 1];
+    }
+    b = rest * task.samples;
+    samples = min_of(task.samples, task.batch - b);
+    const bool finite = stage(0);
+    stage(1);
+    const int o = 1 - task.vector_side;
+    for (int64_t tap = 0; tap < task.num_taps; ++tap)
+      for (int64_t c = 0; c < count[o]; ++c) {
+        buffers.offset[tap * count[o] + c] = o == 1 ? tap_offset(tap) + c : c;
+        buffers.sums[tap * count[o] + c] =
+            partial + ((first[o] + c) * task.num_taps + tap) * task.pitch + first[task.vector_side];
+      }
+    if (!finite) return multiply_exactly();
+    find_runs();
+    multiply(0, task.num_taps, samples * n[0] * n[1], 0, n[2]);
+  }
+};
+
+template <class S>
+void run_typed(const ChannelGradWeightTask& task, int64_t item, void* scratch) {
+  Work<S> work{task, carve<S>(task, scratch), 0, 0, 0, {}, {}, {}, {}, {}, {}, nullptr};
+  for (int side = 0; side < 2; ++side) {
+    work.first[side] = item % task.chunks[side] * task.chunk[side];
+    work.count[side] = min_of(task.chunk[side], task.channels[side] - work.first[side]);
+    work.pitch[side] = task.staged_pitch[side];
+    item /= task.chunks[side];
+  }
+  work.group = item % task.groups;
+  const int64_t part = item / task.groups, v = task.vector_side;
+  const int64_t group_elements = task.channels[1 - v] * task.num_taps * task.pitch;
+  work.partial = static_cast<S*>(task.partial) + part * task.partial_elements + work.group * group_elements;
+  for (int64_t row = 0; row < work.count[1 - v] * task.num_taps; ++row)
+    memset(work.partial + (work.first[1 - v] * task.num_taps + row) * task.pitch + work.first[v], 0,
+           static_cast<size_t>(round_up(work.count[v], kLanes<S>)) * sizeof(S));
+  const int64_t last = (part + 1) * task.num_tiles / task.parts;
+  for (int64_t at = part * task.num_tiles / task.parts; at < last; ++at) work.run_tile(at);
+}
+
+// Adds the parts of one vector's channels and stores them in the order of the weights.
+template <class S>
+void merge_typed(const ChannelGradWeightTask& task, int64_t item, void* result) {
+  const int v = task.vector_side;
+  const int64_t vectors = task.pitch / kLanes<S>, group = item / vectors, c0 = item % vectors * kLanes<S>;
+  const int64_t lanes = min_of(kLanes<S>, task.channels[v] - c0), taps = task.num_taps, k = task.channels[1];
+  const int64_t rows = task.channels[1 - v] * taps;
+  const S* partial = static_cast<const S*>(task.partial) + group * rows * task.pitch + c0;
+  constexpr int64_t kRows = 64;
+  S columns[kLanes<S>][kRows + kLanes<S>];
+  for (int64_t row = 0; row < rows;) {
+    // A run whose results follow each other for every lane: any rows when these are (out channel, tap), else taps.
+    const int64_t n = min_of(kRows, v == 0 ? rows - row : taps - row % taps);
+    for (int64_t r = 0; r < n; ++r) {
+      const S* from = partial + (row + r) * task.pitch;
+      double sum[kLanes<S>] = {};
+      for (int64_t part = 0; part < task.parts; ++part)
+        for (int l = 0; l < kLanes<S>; ++l) sum[l] += static_cast<double>(from[part * task.partial_elements + l]);
+      for (int l = 0; l < kLanes<S>; ++l) columns[l][r] = static_cast<S>(sum[l]);
+    }
+    for (int64_t l = 0; l < lanes; ++l) {
+      const int64_t index = v == 0 ? (group * task.channels[0] + c0 + l) * k * taps + row
+                                   : ((group * task.channels[0] + row / taps) * k + c0 + l) * taps + row % taps;
+      store_row(columns[l], result, task.dtype, index, n);
+    }
+    row += n;
+  }
+}
+
+void run(const ChannelGradWeightTask& task, int64_t item, void* scratch) {
+  task.dtype == DType::f64 ? run_typed<double>(task, item, scratch) : run_typed<float>(task, item, scratch);
+}
+int64_t scratch_bytes(const ChannelGradWeightTask& task) {
+  return task.dtype == DType::f64 ? carve<double>(task, nullptr).bytes : carve<float>(task, nullptr).bytes;
+}
+void merge(const ChannelGradWeightTask& task, int64_t item, void* result) {
+  task.dtype == DType::f64 ? merge_typed<double>(task, item, result) : merge_typed<float>(task, item, result);
+}
+
+constexpr ChannelGradWeightLoops kLoops = {Isa::TCONV_TARGET, run, scratch_bytes, merge, sum_bias};
+
+Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config&) {
+  return fit_channel_grad_weight(problem, epilogue, device, Isa::TCONV_TARGET);
+}
+void prepare(Step& step) { prepare_channel_grad_weight(step, Isa::TCONV_TARGET); }
+void launch(const Step& step, const Tensors& tensors, Stream stream) {
+  launch_channel_grad_weight(step, tensors, stream, kLoops);
+}
+
+constexpr Config kConfigs[] = {{}};
+
+}  // namespace
+
+#define TCONV_NAME_OF(name) #name
+#define TCONV_NAME(name) TCONV_NAME_OF(name)
+extern const Kernel TCONV_KERNEL;
+const Kernel TCONV_KERNEL = {TCONV_NAME(TCONV_KERNEL), kConfigs, fit, nullptr, prepare, launch};
+
+}  // namespace tconv::cpu

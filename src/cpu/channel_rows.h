@@ -1,0 +1,215 @@
+// channel_rows.h — tiles with the channels along the vectors: staging as [position][channel] and the register tile over
+// it; for files that are compiled once per target.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "cpu/rows.h"
+
+namespace tconv::cpu {
+namespace {
+
+// Register tiles: `rows` sums of `vectors` vectors each. 32 registers hold 24 sums, up to 4 vectors and a broadcast; 16
+// registers hold 12.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMostVectors = 4;
+constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : 8; }
+#else
+constexpr int kMostVectors = 3;
+constexpr int rows_for(int vectors) { return vectors == 3 ? 4 : vectors == 2 ? 5 : 8; }
+#endif
+constexpr int kMostRows = 8;
+
+// sum[r][v] (+)= sum over runs and i < n of vector[run_v + i * v_step][v] * scalar[run_b + offset[r] + i * b_step].
+template <class S>
+struct ChannelTile {
+  const S *vector, *scalar;
+  const int64_t *run_v, *run_b;  // where each run starts
+  int64_t runs, n, v_step, b_step;
+  const int64_t* offset;  // [row]
+  S* const* sums;         // [row]: where its vectors are
+  const S* start;         // one value per lane for every row; null: the sums go on from what is there
+};
+
+template <class S, int Rows, int Vectors>
+void channel_tile(const ChannelTile<S>& tile) {
+  Vec<S> sum[Rows][Vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = load((tile.start ? tile.start : tile.sums[r]) + v * kLanes<S>);
+  const int64_t v_step = tile.v_step, b_step = tile.b_step;
+  for (int64_t run = 0; run < tile.runs; ++run) {
+    const S* at = tile.vector + tile.run_v[run];
+    const S* scalar[Rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) scalar[r] = tile.scalar + tile.run_b[run] + tile.offset[r];
+    for (int64_t i = 0, b = 0; i < tile.n; ++i, b += b_step, at += v_step) {
+      Vec<S> vector[Vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) vector[v] = load(at + v * kLanes<S>);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const Vec<S> value = splat(scalar[r][b]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) sum[r][v] += vector[v] * value;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) store(tile.sums[r] + v * kLanes<S>, sum[r][v]);
+}
+
+template <class S>
+using ChannelTileFunction = void (*)(const ChannelTile<S>&);
+
+template <class S, int Vectors>
+ChannelTileFunction<S> channel_tile_function(int rows) {
+  constexpr int kMost = rows_for(Vectors);
+  switch (rows) {
+    case 1:
+      return channel_tile<S, 1, Vectors>;
+    case 2:
+      return channel_tile<S, 2, Vectors>;
+    case 3:
+      return channel_tile<S, 3, Vectors>;
+    case 4:
+      return channel_tile<S, 4, Vectors>;
+    case 5:
+      return channel_tile < S, kMost < 5 ? kMost : 5, Vectors > ;
+    case 6:
+      return channel_tile < S, kMost < 6 ? kMost : 6, Vectors > ;
+    case 7:
+      return channel_tile < S, kMost < 7 ? kMost : 7, Vectors > ;
+    default:
+      return channel_tile<S, kMost, Vectors>;
+  }
+}
+template <class S>
+ChannelTileFunction<S> channel_tile_function(int rows, int vectors) {
+  return vectors == 1   ? channel_tile_function<S, 1>(rows)
+         : vectors == 2 ? channel_tile_function<S, 2>(rows)
+         : vectors == 3 ? channel_tile_function<S, 3>(rows)
+                        : channel_tile_function<S, kMostVectors>(rows);
+}
+
+// A box of a tensor: positions [first, first + extent) per dimension, zero outside the tensor, of one sample.
+struct ChannelBox {
+  const void* source;
+  DType dtype;
+  Layout layout;
+  int64_t channels;       // of the whole tensor
+  const int64_t* size;    // of the tensor
+  int64_t b, channel, n;  // the box's sample, first channel and channels
+  int64_t first[3], extent[3];
+  int64_t step;         // columns are split by their phase
+  int64_t phase;        // the only one that is read; -1: all
+  const bool* used[2];  // [depth or height in the box]: whether it is read at all; null: all
+};
+
+template <class S, int... Lane>
+TCONV_INLINE Vec<S> take_even(Vec<S> a, Vec<S> b, LaneList<Lane...>) {
+  return __builtin_shufflevector(a, b, (2 * Lane)...);
+}
+
+// target[((d * extent[1] + h) * columns + w % step * split + w / step) * pitch + c], split = ceil(extent[2] / step) and
+// columns = step * split: columns of one phase follow each other. The pitch is n for fewer channels than lanes on the
+// side that is broadcast, else a multiple of the lanes that covers n; what lies behind n is undefined. finish is applied
+// to each vector of values. Returns whether all of them are finite.
+template <class S, class Finish>
+bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& finish) {
+  constexpr int64_t kBlock = kLanes<S>;
+  const int64_t positions = box.size[0] * box.size[1] * box.size[2], width = box.extent[2];
+  const int64_t split = (width + box.step - 1) / box.step, columns = box.step * split;
+  auto column = [&](int64_t w) { return box.step == 1 ? w : w % box.step * split + w / box.step; };
+  const int64_t lo = box.first[2] >= 0 ? 0 : (-box.first[2] < width ? -box.first[2] : width);
+  const int64_t end = box.size[2] - box.first[2], hi = end < lo ? lo : end < width ? end : width;
+  Vec<S> nothing{};
+  for (int64_t d = 0; d < box.extent[0]; ++d)
+    for (int64_t h = 0; h < box.extent[1]; ++h) {
+      if ((box.used[0] && !box.used[0][d]) || (box.used[1] && !box.used[1][h])) continue;
+      S* out = target + (d * box.extent[1] + h) * columns * pitch;
+      const int64_t sd = box.first[0] + d, sh = box.first[1] + h;
+      if (sd < 0 || sd >= box.size[0] || sh < 0 || sh >= box.size[1] || lo == hi) {
+        memset(out, 0, static_cast<size_t>(columns * pitch) * sizeof(S));
+        continue;
+      }
+      for (int64_t w = 0; w < lo; ++w) memset(out + column(w) * pitch, 0, static_cast<size_t>(pitch) * sizeof(S));
+      for (int64_t w = hi; w < width; ++w) memset(out + column(w) * pitch, 0, static_cast<size_t>(pitch) * sizeof(S));
+      const int64_t position = (sd * box.size[1] + sh) * box.size[2] + box.first[2];
+      if (box.layout == Layout::channels_last) {
+        int64_t phase = lo % box.step, at = lo / box.step;
+        for (int64_t w = lo; w < hi; ++w) {
+          const bool wanted = box.phase < 0 || box.phase == phase;
+          S* to = out + (phase * split + at) * pitch;
+          const int64_t index = (box.b * positions + position + w) * box.channels + box.channel;
+          for (int64_t c = 0; wanted && c < box.n; c += kBlock) {
+            const int64_t n = box.n - c < kBlock ? box.n - c : kBlock;
+            const Vec<S> v = finish(load_lanes<S>(box.source, box.dtype, index + c, n));
+            nothing += v * S(0);
+            if (pitch < kBlock)
+              memcpy(to + c, &v, static_cast<size_t>(n) * sizeof(S));
+            else
+              store(to + c, v);
+          }
+          if (++phase == box.step) phase = 0, ++at;
+        }
+        continue;
+      }
+      for (int64_t c = 0; c < box.n; c += kBlock) {
+        const int64_t count = box.n - c < kBlock ? box.n - c : kBlock;
+        const int64_t index = (box.b * box.channels + box.channel + c) * positions + position;
+        if (box.step == 2 && box.phase >= 0 && pitch >= kBlock) {
+          for (int64_t w = lo + (lo + box.phase) % 2; w < hi; w += 2 * kBlock) {
+            Vec<S> v[kBlock] = {};
+            for (int64_t i = 0; i < count; ++i) {
+              const int64_t at = index + i * positions + w, left = hi - w;
+              const Vec<S> a = load_lanes<S>(box.source, box.dtype, at, left < kBlock ? left : kBlock);
+              const int64_t rest = left < kBlock ? 0 : left < 2 * kBlock ? left - kBlock : kBlock;
+              const Vec<S> b = load_lanes<S>(box.source, box.dtype, at + kBlock, rest);
+              v[i] = finish(take_even<S>(a, b, LaneNumbers<kLanes<S>>{}));
+              nothing += v[i] * S(0);
+            }
+            transpose_block<S>(v);
+            const int64_t n = (hi - w + 1) / 2 < kBlock ? (hi - w + 1) / 2 : kBlock;
+            S* to = out + (box.phase * split + w / 2) * pitch + c;
+            for (int64_t j = 0; j < n; ++j) store(to + j * pitch, v[j]);
+          }
+          continue;
+        }
+        for (int64_t w = lo; w < hi; w += kBlock) {
+          const int64_t n = hi - w < kBlock ? hi - w : kBlock;
+          Vec<S> v[kBlock] = {};
+          for (int64_t i = 0; i < count; ++i) {
+            v[i] = finish(load_lanes<S>(box.source, box.dtype, index + i * positions + w, n));
+            __builtin_prefetch(static_cast<const char*>(box.source) +
+                               (index + i * positions + w + box.size[2]) * static_cast<int64_t>(size_of(box.dtype)));
+            nothing += v[i] * S(0);
+          }
+          if (pitch < kBlock) {
+            S block[kBlock * kBlock];
+            for (int64_t i = 0; i < count; ++i) store(block + i * kBlock, v[i]);
+            int64_t phase = w % box.step, at = w / box.step;
+            for (int64_t j = 0; j < n; ++j) {
+              S* to = out + (phase * split + at) * pitch;
+              for (int64_t i = 0; i < count; ++i) to[i] = block[i * kBlock + j];
+              if (++phase == box.step) phase = 0, ++at;
+            }
+            continue;
+          }
+          transpose_block<S>(v);
+          int64_t phase = w % box.step, at = w / box.step;
+          for (int64_t j = 0; j < n; ++j) {
+            S* to = out + (phase * split + at) * pitch + c;
+            store(to, v[j]);
+            if (++phase == box.step) phase = 0, ++at;
+          }
+        }
+      }
+    }
+  return reduce<S>(nothing) == 0;
+}
+
+}  // namespace
+}  // namespace tconv::cpu
