@@ -289,7 +289,7 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
         const auto [low_w, high_w] = std::minmax_element(columns.base.begin(), columns.base.end());
         t.span_begin = *low_w;
         t.span = *high_w - *low_w + (columns.length - 1) * t.source_step[2] + 1;
-        const int64_t place_bytes = 8 * std::max<int64_t>(positions, rows * ceil_div(t.span + 3, 8));
+        const int64_t place_bytes = 8 * std::max<int64_t>(positions, rows * ceil_div(ceil_div(t.span + 3, 4), 2));
         const int64_t left = limit - 4 * rows - static_cast<int64_t>(weight_bytes) - int64_t{8} * t.sum_words -
                              t.slots * slot_bytes - place_bytes - 16;
         if (left < 2 * stage_bytes) continue;

@@ -126,7 +126,7 @@ __device__ __forceinline__ Place position_place(const RingGemmArgs& a, int p) {
 // kSlots pieces of 128 bytes are on their way per thread, asynchronously to the thread's own place in shared memory, while
 // earlier ones are rounded, transposed and stored in the tile; the cursor of the copies runs one round (kSlots pieces)
 // ahead of the cursor of the stores, across stages and items, so the flow never drains. Loads to registers cannot do
-// this: the compiler makes one counter of all of them, and the first use waits for the last (5.3 ms instead of 3.3 on S1).
+// this: the compiler makes one counter of all of them, and the first use waits for the last.
 struct Cursor {
   unsigned item;
   int load, loads, round;
@@ -216,14 +216,13 @@ __device__ __forceinline__ uint4 rounded(unsigned x, unsigned y, unsigned z, uns
 
 #if TCONV_CHANNELS_LAST
 
-// A piece is all units of a position, so that it is located once; lanes hold neighbouring positions.
-constexpr int kAside = kUnits;      // units of a position
-constexpr int kApart = 8 / kAside;  // positions, one warp apart
-constexpr int kLanesAside = kUnits / kAside;
-constexpr int kPieces = ((kPositions * kLanesAside + 31) / 32 + kApart - 1) / kApart * 32;
+// A piece is one unit of 8 positions. Lanes run along the units of a position, so that a warp reads whole sectors: copies
+// past L1 fetch a sector for every 16 bytes that stand alone.
+constexpr int kApart = 8;
+constexpr int kPieces = ((kPositions * kUnits + 31) / 32 + kApart - 1) / kApart * 32;
 
 __device__ __forceinline__ int position_of(int piece, int i) {
-  return ((piece / 32 * kApart + i) * 32 + piece % 32) / kLanesAside;
+  return ((piece / 32 * kApart + i) * 32 + piece % 32) / kUnits;
 }
 
 // Where position p lies in the source; false where it is outside.
@@ -239,24 +238,19 @@ __device__ __forceinline__ bool find_position(const RingGemmArgs& a, const Curso
 template <bool kVector>
 __device__ __forceinline__ void load_piece(uint4* raw, int k, const RingGemmArgs& a, const Cursor& at,
                                            const Place* places, const int* reaches, int piece, int thread) {
-  const int u0 = piece % kLanesAside * kAside;
+  const int u = piece % kUnits;
 #pragma unroll
   for (int i = 0; i < kApart; ++i) {
     const storage_t* from;
     const bool inside = find_position(a, at, places, reaches, position_of(piece, i), from);
-    from += u0 * kPerUnit;
+    from += u * kPerUnit;
+    if (kVector) {
+      copy_async<16>(landing(raw, k, i, thread), from, inside && at.channel_exists(u * kPerUnit));
+    } else {
+      storage_t* element = reinterpret_cast<storage_t*>(landing(raw, k, i, thread));
 #pragma unroll
-    for (int u = 0; u < kAside; ++u) {
-      uint4* to = landing(raw, k, i * kAside + u, thread);
-      if (kVector) {
-        const bool valid = inside && at.channel_exists((u0 + u) * kPerUnit);
-        copy_async<16>(to, from + u * kPerUnit, valid);
-      } else {
-        storage_t* element = reinterpret_cast<storage_t*>(to);
-#pragma unroll
-        for (int e = 0; e < kPerUnit; ++e)
-          element[e] = inside && at.channel_exists((u0 + u) * kPerUnit + e) ? from[u * kPerUnit + e] : storage_t();
-      }
+      for (int e = 0; e < kPerUnit; ++e)
+        element[e] = inside && at.channel_exists(u * kPerUnit + e) ? from[e] : storage_t();
     }
   }
 }
@@ -264,16 +258,12 @@ __device__ __forceinline__ void load_piece(uint4* raw, int k, const RingGemmArgs
 template <bool kVector>
 __device__ __forceinline__ void store_piece(uint4* raw, int k, const RingGemmArgs&, const Cursor&, int piece,
                                             int thread, uint4* tile) {
-  const int u0 = piece % kLanesAside * kAside;
 #pragma unroll
   for (int i = 0; i < kApart; ++i) {
     const int p = position_of(piece, i);
     if (p >= kPositions) break;
-#pragma unroll
-    for (int u = 0; u < kAside; ++u) {
-      const uint4 four = *landing(raw, k, i * kAside + u, thread);
-      tile[(u0 + u) * kPlane + p] = rounded(four.x, four.y, four.z, four.w);
-    }
+    const uint4 four = *landing(raw, k, i, thread);
+    tile[piece % kUnits * kPlane + p] = rounded(four.x, four.y, four.z, four.w);
   }
 }
 
@@ -296,20 +286,16 @@ __device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const Place* p
   for (; now.valid; now.advance(a, 1)) {
     barrier_wait(empty + at.stage, at.parity ^ 1);
     uint4* tile = tiles + at.stage * kStageUnits;
-#pragma unroll 2
+#pragma unroll 1
     for (int piece = thread; piece < kPieces; piece += kLoaders) {
-      const int u0 = piece % kLanesAside * kAside;
+      const int u = piece % kUnits;
 #pragma unroll
       for (int i = 0; i < kApart; ++i) {
         const int p = position_of(piece, i);
-        if (p >= kPositions) break;
         const storage_t* from;
         const bool inside = find_position(a, now, places, reaches, p, from);
-#pragma unroll
-        for (int u = u0; u < u0 + kAside; ++u) {
-          const bool valid = inside && now.channel_exists(u * kPerUnit);
-          copy_async<16>(tile + u * kPlane + p, from + u * kPerUnit, valid);
-        }
+        if (p < kPositions)
+          copy_async<16>(tile + u * kPlane + p, from + u * kPerUnit, inside && now.channel_exists(u * kPerUnit));
       }
     }
     copy_async_commit();
@@ -325,13 +311,14 @@ __device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const Place* p
 
 #else  // contiguous
 
-// Vector pieces: one unit of channels at 8 neighbouring source columns that start on a 4-element boundary.
-constexpr int kSpanChunks = (RG_SPAN + 3 + 7) / 8;  // of a row, wherever it starts
+// Vector pieces: one unit of channels at twice 4 neighbouring source columns that start on a 4-element boundary, half a
+// row apart, so that lanes read neighbouring vectors.
+constexpr int kSpanChunks = ((RG_SPAN + 3 + 3) / 4 + 1) / 2;  // of half a row, wherever it starts
 constexpr int kVectorPieces = kRows * kSpanChunks * kUnits;
 
 __device__ __forceinline__ Place vector_place(const RingGemmArgs& a, int index) {
   const int row = index / kSpanChunks, x = index % kSpanChunks;
-  return {row_offset(a, row) + RG_SPAN_BEGIN + 8 * x, static_cast<unsigned>(row << 16 | 8 * x)};
+  return {row_offset(a, row) + RG_SPAN_BEGIN + 4 * x, static_cast<unsigned>(row << 16 | 4 * x)};
 }
 
 __device__ __forceinline__ void load_vector(uint4* raw, int k, const RingGemmArgs& a, const Cursor& at,
@@ -347,9 +334,9 @@ __device__ __forceinline__ void load_vector(uint4* raw, int k, const RingGemmArg
   const bool inside = at.valid && exists && (at.interior || at.row_inside(a, reaches[row]));
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
-    const int w = at.w0 + RG_SPAN_BEGIN + first + 4 * v;
-    const bool reached = inside && first + 4 * v < RG_SPAN && (at.interior || (w + 3 >= 0 && w < a.source_w));
-    const storage_t* channel = from + 4 * v;
+    const int column = first + 4 * kSpanChunks * v, w = at.w0 + RG_SPAN_BEGIN + column;
+    const bool reached = inside && column < RG_SPAN && (at.interior || (w + 3 >= 0 && w < a.source_w));
+    const storage_t* channel = from + 4 * kSpanChunks * v;
 #pragma unroll
     for (int c = 0; c < kPerUnit; ++c) {
       const bool valid = reached && at.channel_exists(piece % kUnits * kPerUnit + c);
@@ -365,7 +352,7 @@ template <bool kInterior>
 __device__ __forceinline__ void store_vector(unsigned place, int v, const unsigned (&raw)[16], const RingGemmArgs& a,
                                              const Cursor& at, int piece, uint4* tile) {
   if (place == ~0u) return;
-  const int first = static_cast<int>(place & 0xffff) - 4 + 4 * v;
+  const int first = static_cast<int>(place & 0xffff) - 4 + 4 * kSpanChunks * v;
   uint4* to = tile + piece % kUnits * kPlane + (place >> 16);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
