@@ -392,7 +392,7 @@ __device__ __forceinline__ int position_of(int piece, int i) {
 __device__ __forceinline__ void load_gathered(uint4* raw, int k, const RingGemmArgs& a, const Cursor& at,
                                               const Place* places, const int* reaches, int piece, int thread) {
   const int u = piece / 32 % kUnits;
-#pragma unroll
+#pragma unroll(sizeof(storage_t) == 4 ? 4 : 1)  // 32 loads of 16 bits at once spill
   for (int i = 0; i < kApart; ++i) {
     const int p = position_of(piece, i);
     const Place place = places[p < kPositions ? p : 0];
