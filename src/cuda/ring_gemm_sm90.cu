@@ -309,7 +309,7 @@ __device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const Place* p
   for (int left = min(filled, kLag); left > 0; --left) hand_over();
 }
 
-#else  // contiguous
+#else                                           // contiguous
 
 // Vector pieces: one unit of channels at twice 4 neighbouring source columns that start on a 4-element boundary, half a
 // row apart, so that lanes read neighbouring vectors.
@@ -332,7 +332,7 @@ __device__ __forceinline__ void load_vector(uint4* raw, int k, const RingGemmArg
   from -= early;
   // At the ends of the tensor a vector may reach outside it, within its own 16 bytes; what it reads there is dropped.
   const bool inside = at.valid && exists && (at.interior || at.row_inside(a, reaches[row]));
-#pragma unroll
+#pragma unroll(sizeof(storage_t) == 4 ? 2 : 1)  // 16 addresses at once spill
   for (int v = 0; v < 2; ++v) {
     const int column = first + 4 * kSpanChunks * v, w = at.w0 + RG_SPAN_BEGIN + column;
     const bool reached = inside && column < RG_SPAN && (at.interior || (w + 3 >= 0 && w < a.source_w));
@@ -392,7 +392,7 @@ __device__ __forceinline__ int position_of(int piece, int i) {
 __device__ __forceinline__ void load_gathered(uint4* raw, int k, const RingGemmArgs& a, const Cursor& at,
                                               const Place* places, const int* reaches, int piece, int thread) {
   const int u = piece / 32 % kUnits;
-#pragma unroll(sizeof(storage_t) == 4 ? 4 : 1)  // 32 loads of 16 bits at once spill
+#pragma unroll
   for (int i = 0; i < kApart; ++i) {
     const int p = position_of(piece, i);
     const Place place = places[p < kPositions ? p : 0];
