@@ -47,6 +47,10 @@ def draw(record: dict[str, Any], target: Path) -> None:
     ]  # fmt: skip
     if not panels:
         return
+    on_cpu = record["machine"]["kind"] == "cpu"
+    for _, rows in panels:
+        for row in rows if on_cpu else []:  # a shared machine: ratios hold where times do not
+            row |= {name: row[name] / row["torch_ms"] for name in ("floor_ms", "tconv_ms", "torch_ms")}
     heights = [len(rows) for _, rows in panels]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(10, 0.27 * sum(heights) + 1.1 * len(panels) + 0.6), squeeze=False,
@@ -79,7 +83,8 @@ def draw(record: dict[str, Any], target: Path) -> None:
         axis.tick_params(axis="x", labelsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper right", ncols=3, fontsize=8.5, frameon=False)
-    axes[-1, 0].set_xlabel("milliseconds (log scale); the number is PyTorch ÷ tconv", fontsize=8.5)
+    unit = "share of PyTorch's time" if on_cpu else "milliseconds"
+    axes[-1, 0].set_xlabel(f"{unit} (log scale); the number is PyTorch ÷ tconv", fontsize=8.5)
     machine = record["machine"]
     title = f"{machine['name']}, PyTorch {record['versions']['torch']}, commit {record['commit'][:10]}"
     figure.suptitle(title, fontsize=10.5, x=0.02, y=0.999, ha="left", va="top")

@@ -32,7 +32,8 @@ def records() -> list[tuple[str, dict[str, Any]]]:
 
 def where(record: dict[str, Any]) -> str:
     machine, versions = record["machine"], record["versions"]
-    threads = f", {machine['threads']} threads" if "threads" in machine else f", driver {machine['driver']}"
+    count = machine.get("threads")
+    threads = f", {count} thread{'s' if count > 1 else ''}" if count else f", driver {machine['driver']}"
     cudnn = f", cuDNN {versions['cudnn']}" if versions["cudnn"] else ""
     return (
         f"{machine['name']}{threads}, PyTorch {versions['torch']}{cudnn}, commit {record['commit'][:10]},"
