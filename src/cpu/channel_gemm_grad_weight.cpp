@@ -8,6 +8,7 @@
 //           on the problem only; parts are added in order, in double.
 // Refuses   Other directions; targets above the machine's.
 // Reads as  channel_rows.h has the register tile, channel_gemm_grad_weight_driver.cpp chooses tiles, chunks and parts.
+// SPDX-License-Identifier: Apache-2.0
 #include "cpu/channel_gemm_grad_weight.h"
 
 #include "cpu/channel_rows.h"
