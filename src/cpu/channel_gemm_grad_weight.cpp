@@ -8,6 +8,7 @@
 //           on the problem only; parts are added in order, in double.
 // Refuses   Other directions; targets above the machine's.
 // Reads as  channel_rows.h has the register tile, channel_gemm_grad_weight_driver.cpp chooses tiles, chunks and parts.
+// SPDX-License-Identifier: Apache-2.0
 #include "cpu/channel_gemm_grad_weight.h"
 
 #include "cpu/channel_rows.h"
@@ -253,7 +254,7 @@ void merge_typed(const ChannelGradWeightTask& task, int64_t item, void* result) 
   const int64_t rows = task.channels[1 - v] * taps;
   const S* partial = static_cast<const S*>(task.partial) + group * rows * task.pitch + c0;
   constexpr int64_t kRows = 64;
-  S columns[kLanes<S>][kRows + kLanes<S>];
+  S columns[kLanes<S>][kRows + kLanes<S>] = {};  // rows are converted by whole vectors
   for (int64_t row = 0; row < rows;) {
     // A run whose results follow each other for every lane: any rows when these are (out channel, tap), else taps.
     const int64_t n = min_of(kRows, v == 0 ? rows - row : taps - row % taps);
