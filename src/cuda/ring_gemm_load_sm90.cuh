@@ -103,14 +103,16 @@ __device__ __forceinline__ unsigned* landing_place(uint4* raw, int slot, int thr
 // Zeros when not valid; nothing is read then.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
-  const int bytes = valid ? kBytes : 0;
-  if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    copy_async_16(to, from, valid);
+  } else if constexpr (kBytes == 4) {
+    copy_async_4(to, from, valid);
+  } else {
+    const int bytes = valid ? 8 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes),
-                 "n"(kBytes)
-                 : "memory");
+  }
 }
 
 // To nearest, ties away, as to_tf32: half a unit of the tenth mantissa bit is added and the tensor core drops the bits
