@@ -260,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
   float* const sums = reinterpret_cast<float*>(weights + RG_WEIGHT_STAGES * RG_ENTRIES_PER_STAGE * kEntryWords);
   uint4* const raw = reinterpret_cast<uint4*>(sums + 2 * RG_SUM_WORDS);
   Place* const places = reinterpret_cast<Place*>(raw + kSlots * 8 * kLoaders + (kSlots * kLoaders + 3) / 4);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < RG_STAGES; ++s) {
@@ -286,6 +286,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
     const int warpgroup = warp / 4, quad = lane / 4, quarter = lane % 4;
     const bool leader = lane == 0;  // of its warp: a warp knows of its own products only
     float* const stage = sums + warpgroup * RG_SUM_WORDS;
+    const unsigned first_row = operand_word(weights, 1024);
+    const unsigned first_column =
+        operand_word(tiles + warpgroup * (RG_GROUP_ROWS * RG_JW + RG_GROUP_COLUMNS), kPlane * 16);
     RingPlace<RG_STAGES> at;
     RingPlace<RG_WEIGHT_STAGES> rows_at;
     unsigned sums_parity = 0;
@@ -310,19 +313,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
             // writers, where it would also wait for the copies that they have under way.
             fence_shared_for_wgmma();
           }
-          const uint4* tile = tiles + at.stage * kStageUnits + warpgroup * (RG_GROUP_ROWS * RG_JW + RG_GROUP_COLUMNS);
+          const unsigned tile = first_column + at.stage * kStageUnits;
           for (int entry = entry_begin; entry < entry_end; entry += RG_ENTRIES_PER_STAGE) {
             barrier_wait(weights_full + rows_at.stage, rows_at.parity);
-            const unsigned* rows = weights + rows_at.stage * (RG_ENTRIES_PER_STAGE * kEntryWords);
+            const unsigned rows = first_row + rows_at.stage * (RG_ENTRIES_PER_STAGE * kEntryWords / 4);
             wgmma_fence();
 #pragma unroll
             for (int e = 0; e < RG_ENTRIES_PER_STAGE; ++e) {
               if (entry + e < entry_end) {
-                const uint4* first = tile + rg_entry_word[entry + e];
+                const unsigned columns = tile + rg_entry_word[entry + e];
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
-                  wgmma_shared(sum, columns_descriptor(rows + e * kEntryWords + step * 512, 1024),
-                               columns_descriptor(first + step * 2 * kPlane, kPlane * 16), accumulate);
+                  wgmma_shared(sum, operand_descriptor(rows + (e * kEntryWords + step * 512) / 4),
+                               operand_descriptor(columns + step * 2 * kPlane), accumulate);
                   accumulate = 1;
                 }
               }

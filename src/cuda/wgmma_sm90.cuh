@@ -14,6 +14,13 @@ __device__ __forceinline__ unsigned long long columns_descriptor(const void* fir
   return address | (static_cast<unsigned long long>((plane_bytes >> 4) & 0x3fff) << 16) |
          (static_cast<unsigned long long>(128 >> 4) << 32);
 }
+// The same in halves: the low word holds the address in 16-byte units, so a neighbouring operand is an addition away.
+__device__ __forceinline__ unsigned operand_word(const void* first, unsigned plane_bytes) {
+  return shared_address(first) >> 4 | plane_bytes >> 4 << 16;
+}
+__device__ __forceinline__ unsigned long long operand_descriptor(unsigned word) {
+  return static_cast<unsigned long long>(128 >> 4) << 32 | word;
+}
 // Orders register writes (sums, row fragments) before the products that read them.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
