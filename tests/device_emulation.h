@@ -29,6 +29,7 @@
 #define __forceinline__ inline
 #define __global__
 #define __constant__ static
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static
 
@@ -79,6 +80,9 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
   return result;
 }
+
+// Only for values that all lanes have.
+inline unsigned __shfl_sync(unsigned, unsigned x, int) { return x; }
 
 [[noreturn]] inline void emulated_failure(const char* what) {
   std::printf("thread %u of block %u: %s\n", threadIdx.x, blockIdx.x, what);
@@ -135,6 +139,46 @@ inline void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long 
   emulated_arrive(barrier, 0, -static_cast<long>(bytes));
 }
 
+// Boxes of a tensor; a map of the device holds the address of one of these.
+struct EmulatedTensor {
+  const unsigned char* first;
+  int element_bytes, row_bytes;
+  long long size[5], stride[4];  // elements; bytes from the second dimension on
+  int box[5], step[5];           // box: elements copied along a side
+};
+inline void emulated_copy_box(void* to, const EmulatedTensor& from, const long long (&at)[5],
+                              unsigned long long* barrier) {
+  auto* const bytes = static_cast<unsigned char*>(to);
+  if (shared_address(to) % 1024 != 0 && from.row_bytes == 128) emulated_failure("alignment of a box");
+  if (shared_address(to) % 128 != 0) emulated_failure("alignment of a box");
+  long long row = 0;
+  for (int d = 0; d < from.box[3]; ++d)
+    for (int h = 0; h < from.box[2]; ++h)
+      for (int w = 0; w < from.box[1]; ++w, ++row)
+        for (int c = 0; c < from.box[0]; ++c) {
+          const long long x[5] = {at[0] + c, at[1] + w * from.step[1], at[2] + h * from.step[2],
+                                  at[3] + d * from.step[3], at[4]};
+          bool inside = true;
+          long long offset = x[0] * from.element_bytes;
+          for (int dim = 0; dim < 5; ++dim) {
+            inside = inside && x[dim] >= 0 && x[dim] < from.size[dim];
+            if (dim > 0) offset += x[dim] * from.stride[dim - 1];
+          }
+          const unsigned flat = shared_address(bytes) + static_cast<unsigned>(row * from.row_bytes + c * from.element_bytes);
+          const unsigned address = flat ^ (flat >> 7 & (from.row_bytes / 16 - 1)) << 4;
+          if (inside)
+            std::memcpy(emulated_memory + address, from.first + offset, from.element_bytes);
+          else
+            std::memset(emulated_memory + address, 0, from.element_bytes);
+        }
+  emulated_arrive(barrier, 0, -row * from.row_bytes);
+}
+
+template <typename Map>
+void copy_box(void* to, const Map& map, int channel, int w, int h, int d, int image, unsigned long long* barrier) {
+  emulated_copy_box(to, *reinterpret_cast<const EmulatedTensor*>(map.word[0]), {channel, w, h, d, image}, barrier);
+}
+
 // cp.async
 struct EmulatedCopy {
   void* to;
@@ -180,7 +224,7 @@ inline unsigned short emulated_bf16_of(float x) {
 inline unsigned to_tf32(float x) { return emulated_bits<unsigned>(x); }
 inline unsigned nearest(unsigned x) { return x; }
 
-// Products of a warpgroup, both operands in shared memory, k contiguous, no swizzle.
+// Products of a warpgroup, both operands in shared memory, k contiguous; units exchanged as the copy engine does, or not.
 enum class EmulatedType { tf32, f16, bf16 };
 inline float emulated_element(unsigned address, EmulatedType type) {
   if (type == EmulatedType::tf32) {
@@ -193,13 +237,20 @@ inline float emulated_element(unsigned address, EmulatedType type) {
   return type == EmulatedType::f16 ? emulated_f16(bits) : emulated_bf16(bits);
 }
 struct EmulatedOperand {
-  unsigned first, along_k, along_rows;
+  unsigned first, along_k, along_rows, exchange;
   explicit EmulatedOperand(unsigned long long descriptor)
       : first((descriptor & 0x3fff) << 4),
         along_k((descriptor >> 16 & 0x3fff) << 4),
-        along_rows((descriptor >> 32 & 0x3fff) << 4) {}
+        along_rows((descriptor >> 32 & 0x3fff) << 4),
+        exchange(static_cast<unsigned>(descriptor >> 62)) {}
   float at(int row, int k, EmulatedType type) const {
     const int per_unit = type == EmulatedType::tf32 ? 4 : 8;
+    if (exchange != 0) {
+      const unsigned row_bytes = exchange == 1 ? 128 : exchange == 2 ? 64 : 32;
+      const unsigned flat =
+          first + row / 8 * along_rows + row % 8 * row_bytes + k / per_unit * 16 + k % per_unit * (16 / per_unit);
+      return emulated_element(flat ^ (flat >> 7 & (row_bytes / 16 - 1)) << 4, type);
+    }
     return emulated_element(
         first + k / per_unit * along_k + row / 8 * along_rows + row % 8 * 16 + k % per_unit * (16 / per_unit), type);
   }
@@ -234,6 +285,7 @@ void wgmma_wait() {
     for (const auto& product : emulated_product_groups.front()) product();
   emulated_warps[threadIdx.x / 32]->arrive_and_wait();
 }
+inline void __syncwarp() { emulated_warps[threadIdx.x / 32]->arrive_and_wait(); }
 inline void __syncthreads() { emulated_block->arrive_and_wait(); }
 inline void loaders_barrier() { emulated_loaders->arrive_and_wait(); }
 

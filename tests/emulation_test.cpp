@@ -58,7 +58,7 @@ std::string on_host(std::string text) {
     }
   for (const char* name :
        {"shared_address", "barrier_init", "barrier_init_done", "barrier_arrive", "barrier_expect", "barrier_wait",
-        "copy_bulk", "copy_async", "copy_async_commit", "copy_async_wait", "wgmma_fence", "wgmma_commit", "wgmma_wait",
+        "copy_bulk", "copy_box", "copy_async", "copy_async_commit", "copy_async_wait", "wgmma_fence", "wgmma_commit", "wgmma_wait",
         "fence_shared_for_wgmma", "loaders_barrier", "to_tf32", "nearest", "wgmma_shared"}) {
     const std::string call = ' ' + std::string(name) + '(';
     for (std::size_t at = 0; (at = text.find(call, at)) != std::string::npos; ++at) {
@@ -78,7 +78,7 @@ std::string on_host(std::string text) {
   replace_all(text, "template <typename S, typename A>\n",
               "template <typename S> S emulated_narrow(float x);\n"
               "template <typename S, typename A>\n");
-  replace_all(text, "extern __shared__ __align__(128) uint4 shared[];",
+  replace_all(text, "extern __shared__ __align__(1024) uint4 shared[];",
               "uint4* shared = reinterpret_cast<uint4*>(emulated_memory);");
   replace_all(text, "extern \"C\" __global__ void", "void");
   return text;
@@ -108,7 +108,8 @@ std::string program(const Problem& problem, const Step& step, int offset) {
        << kernel << "template <> float emulated_narrow<float>(float x) { return x; }\n"
        << "template <> f16_t emulated_narrow<f16_t>(float x) { return {emulated_f16_of(x)}; }\n"
        << "template <> bf16_t emulated_narrow<bf16_t>(float x) { return {emulated_bf16_of(x)}; }\n"
-       << "#define RG_ENTRY_TAP " << definition(packing, "RG_ENTRY_TAP") << "\nnamespace pack {\n"
+       << "#define RG_ENTRY_TAP " << definition(packing, "RG_ENTRY_TAP") << "\n#define RG_PACK_SOURCE "
+       << definition(packing, "RG_PACK_SOURCE") << "\nnamespace pack {\n"
        << packing.substr(packing.find("__constant__ int rg_entry_begin")) << "}\n"
        << "#define EMULATED_BATCH " << problem.batch << "\n#define EMULATED_OFFSET " << offset
        << "\n#define EMULATED_INPUT " << list(problem.input) << "\n#define EMULATED_OUTPUT "
@@ -171,7 +172,19 @@ INSTANTIATE_TEST_SUITE_P(Cases, Emulation,
                                          Case{"1d b5 c64>32 i60 t16 s8 p4 tf32", ""},
                                          Case{"1d c64>32 i200 t16 s8 p4 f16", ""},
                                          Case{"2d c56>1 i12x16 t9x9 s4 p4 op3 tf32", "256x120x8,s7,w20"},
-                                         Case{"2d b2 g2 c32>16 i16x20 t3x3 tf32", ""}));
+                                         Case{"2d b2 g2 c32>16 i16x20 t3x3 tf32", ""},
+                                         // two row blocks at the same positions; the last one alone
+                                         Case{"2d c32>160 i9x20 t3x3 tf32 | bias", "64x120x16,s3,w20,k2"},
+                                         // the copy engine: as the tensor is, from a copy, gathered, stepped, in parts
+                                         Case{"2d b2 c64>64 i15x41 t3x3 f16 channels_last", "64x136x32,s1,w20"},
+                                         Case{"2d c40>24 i15x21 t3x3 bf16 channels_last | bias", "64x48x16,s1,w20"},
+                                         Case{"2d c64>64 i15x21 t3x3 f16 channels_last", "64x48x32,s1,w20", 1},
+                                         Case{"2d b2 c96>128 i9x13 t2x2 s2 tf32 | bias", "64x200x32,s1,w16,k2"},
+                                         Case{"2d b2 g2 c48>80 i9x13 t3x3 s2 p1 f16", "64x96x16,s1,w20,k3"},
+                                         Case{"1d b5 g2 c64>128 i40 t16 s8 p4 tf32", "64x136x32,s1,w20,k2"},
+                                         Case{"3d b2 c64>32 i4x9x10 t3x3x3 s2 p1 f16 channels_last grad_input",
+                                              "64x96x16,s1,w20"},
+                                         Case{"2d c16>3 i20x30 t4x4 s2 p1 f16 channels_last", "256x200x8,s1,w16"}));
 
 }  // namespace
 }  // namespace tconv

@@ -51,13 +51,8 @@ int main() {
   for (storage_t& weight : w) assign(weight, small_number());
   for (int c = 0; c < result_channels; ++c) assign(bias.first[c], c % 7 - 3);
 
-  alignas(16) static unsigned packed[TCONV_GROUPS * RG_ROW_BLOCKS * RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64];
-  gridDim.x = 1;
-  for (threadIdx.x = 0; threadIdx.x < 256; ++threadIdx.x)
-    pack::ring_gemm_pack(w.data(), packed, TCONV_GROUPS * RG_ROW_BLOCKS * RG_CHUNKS * (RG_KC / 4));
-
   RingGemmArgs a{};
-  a.source = x.first, a.weights = packed, a.bias = bias.first, a.result = y.first;
+  a.source = x.first, a.bias = bias.first, a.result = y.first;
   auto strides = [&](long long& image, long long& slab, long long& row, long long& inner, const long long* size,
                      int channels, long long plane) {
     image = channels * plane;
@@ -75,8 +70,40 @@ int main() {
   a.tiles_d = tiles(a.result_d, RG_OUT_D, 1), a.tiles_h = tiles(a.result_h, RG_OUT_H, RG_TILE_H);
   a.tiles_w = tiles(a.result_w, RG_OUT_W, RG_TILE_W);
   a.items = static_cast<unsigned>(a.tiles_d * a.tiles_h * a.tiles_w * (images ? 1 : batch)) * TCONV_GROUPS *
-            RG_ROW_BLOCKS * (RG_PASS_PER_ITEM ? RG_NUM_PASSES : 1);
+            ((RG_ROW_BLOCKS + RG_ROW_GROUPS - 1) / RG_ROW_GROUPS) * (RG_PASS_PER_ITEM ? RG_NUM_PASSES : 1);
   constexpr int kUnit = 16 / sizeof(storage_t), kWide = 16 / sizeof(output_t);
+  alignas(16) static unsigned packed[TCONV_GROUPS * RG_ROW_BLOCKS * RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64];
+  constexpr unsigned kPackBlocks = TCONV_GROUPS * RG_ROW_BLOCKS * RG_CHUNKS * (RG_KC / 4);
+#if RG_PACK_SOURCE
+  constexpr long long kChannels = RG_CHUNKS * RG_KC * 4 / sizeof(storage_t);
+  std::vector<uint4> copy(static_cast<std::size_t>(batch * TCONV_GROUPS * source_plane * kChannels * sizeof(storage_t) / 16));
+  pack::SourcePack source_pack{x.first, copy.data(), a.source_image, a.source_inner, source_plane,
+                               static_cast<int>((source_plane + 63) / 64), 0};
+  source_pack.blocks = static_cast<unsigned>(batch * TCONV_GROUPS * source_pack.tiles * RG_CHUNKS);
+  emulated_launch(3, 256, 1, [&] { pack::ring_gemm_pack(w.data(), packed, kPackBlocks, 1, source_pack); });
+#else
+  emulated_launch(1, 256, 1, [&] { pack::ring_gemm_pack(w.data(), packed, kPackBlocks); });
+#endif
+  a.weights = packed;
+#if RG_TENSOR
+  const long long size = sizeof(storage_t), channels = RG_PACK_SOURCE ? RG_CHUNKS * RG_KC * 4 / size : source_channels;
+  const long long copies = RG_PACK_SOURCE ? TCONV_GROUPS : 1, position = channels * size;
+  EmulatedTensor tensor{reinterpret_cast<const unsigned char*>(x.first),
+                        sizeof(storage_t),
+                        RG_KC * 4,
+                        {channels, source[2], images ? batch : source[1], source[0], images ? copies : batch * copies},
+                        {position, position * source[2] * (images ? copies : 1), position * source[2] * source[1],
+                         position * source_plane},
+                        {static_cast<int>(RG_KC * 4 / size), RG_JW, RG_JH, 1, 1},
+                        {1, RG_SRC_W, RG_SRC_H, 1, 1}};
+#if RG_PACK_SOURCE
+  tensor.first = reinterpret_cast<const unsigned char*>(copy.data());
+#endif
+  a.tensor = reinterpret_cast<std::uintptr_t>(tensor.first) % 16 == 0;
+  a.tensor_channels = RG_PACK_SOURCE ? 0 : RG_K, a.tensor_groups = RG_PACK_SOURCE;
+  a.tensor_images = RG_PACK_SOURCE && !images ? TCONV_GROUPS : 1;
+  a.map.word[0] = reinterpret_cast<std::uintptr_t>(&tensor);
+#endif
   const auto from = reinterpret_cast<std::uintptr_t>(x.first), to = reinterpret_cast<std::uintptr_t>(y.first);
   a.vector_loads = last ? from % 16 == 0 && RG_K % kUnit == 0 : source_plane % 4 == 0;
   a.wide_stores =

@@ -45,6 +45,7 @@ Libcuda open_libcuda() {
 #define TCONV_FIND(symbol, member) find(cuda.member, #symbol);
   TCONV_LIBCUDA(TCONV_FIND)
 #undef TCONV_FIND
+  cuda.tensor_map = reinterpret_cast<decltype(cuda.tensor_map)>(dlsym(handle, "cuTensorMapEncodeTiled"));
   if (cuda.driver_version_of) cuda.driver_version_of(&cuda.driver_version);
   if (!missing.empty() || cuda.driver_version < kOldestDriver) {
     cuda.failure = "CUDA: the NVIDIA driver is too old: found one for CUDA " + version_text(cuda.driver_version) +

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <string_view>
 
@@ -42,7 +43,7 @@ using CUdeviceptr = unsigned long long;
   X(cuEventSynchronize, event_wait)           \
   X(cuEventElapsedTime, event_elapsed)
 
-// Every function returns a CUresult: 0 is success.
+// Every function returns a CUresult: 0 is success. tensor_map is null before CUDA 12.0; all others are always there.
 struct Libcuda {
   std::string failure;  // empty: usable
   int driver_version = 0;
@@ -73,6 +74,8 @@ struct Libcuda {
   int (*event_record)(void*, CUstream) = nullptr;
   int (*event_wait)(void*) = nullptr;
   int (*event_elapsed)(float*, void*, void*) = nullptr;
+  int (*tensor_map)(void*, int, unsigned, void*, const std::uint64_t*, const std::uint64_t*, const unsigned*,
+                    const unsigned*, int, int, int, int) = nullptr;
 };
 
 // Opened at the first call. The first form throws std::runtime_error when the driver is missing or too old.

@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "driver.h"
+#include "tensor_map.h"
 #include "tile_geometry.h"
 #include "wgmma_product.h"
 
@@ -16,24 +17,31 @@ namespace {
 using std::int64_t;
 
 // block_m 64 rows times the neighbouring results of a row that are folded into them (few channels would leave rows
-// empty), block_n positions a warpgroup at most, block_k words per chunk, stages: warps that load, warps: all; what is
-// left of them stores. split 1: every phase pair an item of its own.
-#define SPLITS(m, n, k, s, w) {m, n, k, s, w, 0}, {m, n, k, s, w, 1}
+// empty), block_n positions a warpgroup at most, block_k words per chunk, stages: warps that load (1: the copy engine
+// does), warps: all; what is left of them stores. split 1: every phase pair an item of its own; 2: the warpgroups take
+// neighbouring row blocks at the same positions; 3: both.
+#define SPLITS(m, n, k, s, w) {m, n, k, s, w, 0}, {m, n, k, s, w, 1}, {m, n, k, s, w, 2}, {m, n, k, s, w, 3}
 #define CHUNKS(m, n, s, w) SPLITS(m, n, 8, s, w), SPLITS(m, n, 16, s, w), SPLITS(m, n, 32, s, w)
 constexpr Config kConfigs[] = {CHUNKS(64, 184, 3, 16),  CHUNKS(64, 120, 7, 20),  CHUNKS(64, 120, 3, 20),
                                CHUNKS(64, 64, 7, 20),   CHUNKS(64, 64, 3, 20),   CHUNKS(64, 32, 7, 20),
                                CHUNKS(128, 184, 3, 16), CHUNKS(128, 120, 7, 20), CHUNKS(256, 184, 3, 16),
-                               CHUNKS(256, 120, 7, 20), CHUNKS(512, 120, 7, 20), CHUNKS(512, 64, 7, 20)};
+                               CHUNKS(256, 120, 7, 20), CHUNKS(512, 120, 7, 20), CHUNKS(512, 64, 7, 20),
+                               CHUNKS(64, 200, 1, 16),  CHUNKS(64, 136, 1, 20),  CHUNKS(64, 96, 1, 20),
+                               CHUNKS(64, 48, 1, 20),   CHUNKS(128, 200, 1, 16), CHUNKS(256, 200, 1, 16)};
+constexpr int kSplitPasses = 1, kSplitRows = 2;
 #undef CHUNKS
 #undef SPLITS
 
 constexpr int kMaxStagedRows = 512;  // of a tile; their table takes 4 bytes each
-constexpr int kStaticBytes = 256;    // barriers
+constexpr int kStaticBytes = 1024;   // barriers; what follows is aligned to as much
 constexpr int kMaxWidthPhases = 16;
 constexpr int kMaxTaps = 4096;    // tables in constant memory
 constexpr int kMaxStages = 4;     // of positions
-constexpr int kWeightStages = 3;  // of 8 KiB
-constexpr int kWeightStageBytes = 8192;
+constexpr int kWeightStageBytes = 8192;  // of one row block
+constexpr int kLeastWeightStages = 3, kMostWeightStages = 8, kMostStayingStages = 40;
+constexpr int kMostElementStride = 8;  // of the copy engine
+constexpr int64_t kMostBox = 256;      // positions along a side
+constexpr std::size_t kMostPackedBytes = std::size_t{256} << 20;  // of a copy of the source
 constexpr int64_t kMostElements = int64_t{1} << 31;  // offsets within an image are 32-bit
 
 struct Entry {
@@ -67,7 +75,12 @@ struct Geometry {
   Columns staged[3];
   int positions = 0, plane = 0, span_begin = 0, span = 0;
   bool vector = false, resident = false;
+  int row_groups = 1;  // row blocks side by side in the warpgroups
+  bool tensor = false, packed = false;  // the copy engine stages tiles; from a packed copy of the source
+  int box = 0;                          // positions of a box, rounded up to 8
   int slots = 0, stages = 0, entries_per_stage = 1, stage_pitch = 0, sum_words = 0;
+  int weight_stages = 0, part = 8;  // part: columns of the sums that are handed over at once
+  bool weights_stay = false;
   std::size_t shared_bytes = 0;
 };
 
@@ -188,41 +201,173 @@ std::pair<int, int> reach_of(const Geometry& g, int dim) {
   return {*low, *high + (g.staged[dim].length - 1) * g.source_step[dim]};
 }
 
-// What one multiprocessor needs for an item, in cycles of its clock. The constants are fitted to 92 measurements on an
-// H100 (25 layers, forward; the root mean square of log(predicted / measured) is 0.26). What stands out: a stage costs
-// 1070 cycles besides its bytes, because copies run only one or two pieces ahead, and the parts overlap by a third.
+bool splits_passes(const Config& config) { return (config.split & kSplitPasses) != 0; }
+
+// Products between two hand-overs of weights, both warpgroups together, in cycles: a product of n positions takes n / 2, at
+// least 32 for its operands.
+double group_cycles(const Config& config, const Geometry& g) {
+  return 2.0 * g.entries_per_stage * (config.block_k / 8) * std::max(g.columns / 2.0, 32.0);
+}
+// Weights come from L2 about 1200 cycles after a stage is given back, and that is one group late.
+constexpr double kWeightLatency = 1200.0;
+
+// What one multiprocessor needs for an item, in cycles of its clock: what a profile of the roles on an H100 says.
 struct Cost {
   double multiply = 0, load = 0, store = 0;
   double total() const {
     const double longest = std::max({multiply, load, store});
-    return longest + 0.7 * (multiply + load + store - longest);
+    return longest + 0.4 * (multiply + load + store - longest);
   }
 };
 
 Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& config, const Geometry& g) {
-  const double passes = static_cast<double>(g.passes.size()), share = config.split ? 1.0 / passes : 1.0;
+  const double passes = static_cast<double>(g.passes.size());
+  const double share = splits_passes(config) ? 1.0 / passes : 1.0;
+  const double groups = std::max(1.0, static_cast<double>(g.num_entries) * share / g.entries_per_stage) * g.chunks;
   const double steps = static_cast<double>(g.num_entries) * share * g.chunks * (config.block_k / 8);
+  const double stall =
+      g.weights_stay ? 0.0 : std::max(0.0, kWeightLatency - (g.weight_stages - 2) * group_cycles(config, g));
   Cost cost;
-  // A product of n positions takes n / 2 cycles, at least 32 for its operands; two warpgroups take turns.
-  cost.multiply = 3.2 * steps * std::max(g.columns / 2.0, 32.0) + 34.0 * g.num_entries * share * g.chunks;
+  cost.multiply = 2.2 * steps * std::max(g.columns / 2.0, 32.0) + groups * (stall + 60.0) +
+                  passes * share * (400.0 + 300.0 * ceil_div(g.columns, g.part));
   const double loads = (g.resident ? 1.0 : std::max(1.0, g.live_passes * share)) * g.chunks;
   const double units = loads * (config.block_k / 4) * g.positions;  // 16 bytes each
   const bool half = size_of(problem.dtype) == 2, last = problem.layout == Layout::channels_last;
-  const bool gathers =
-      !last && (!g.vector || volume(g.forward ? problem.input : output_size(problem)) % 4 != 0);  // word by word
-  const double unit = last && half ? 0.65 : gathers ? (half ? 4.0 : 2.0) : 1.35;
-  // A group's few channels are pieces of a sector.
-  const double pieces = problem.groups > 1 ? (last ? 5.0 : 2.0) : 1.0;
-  cost.load = units * unit * pieces * (config.stages == 7 ? 0.82 : 1.0) + 1070.0 * loads;
+  if (g.tensor) {
+    cost.load = units * 0.4 + 400.0 * loads;
+  } else {
+    const bool gathers =
+        !last && (!g.vector || volume(g.forward ? problem.input : output_size(problem)) % 4 != 0);  // word by word
+    const double unit = last && half ? 4.4 : gathers ? (half ? 5.0 : 3.0) : half ? 3.7 : 2.2;
+    // A group's few channels are pieces of a sector.
+    const double pieces = problem.groups > 1 ? (last ? 2.0 : 1.3) : 1.0;
+    cost.load = units * unit * pieces * (config.stages == 7 ? 0.7 : 1.0) + 300.0 * loads;
+  }
   double math = 0;
   for (const Op& op : epilogue.ops)
     math += is_norm(op.kind) ? 0 : op.kind == OpKind::gelu || op.kind == OpKind::mish ? 30 : 8;
   const double results = 2.0 * g.th * g.tw * g.channels * g.width_phases * passes * share;
-  const bool wide = config.warps - config.stages == 17;  // eight warps store
+  const bool wide = config.warps - config.stages >= 17;  // eight warps store
   const bool narrow = size_of(epilogue.output_dtype.value_or(problem.dtype)) == 2;
-  const double result = !narrow ? 0.16 : last ? 0.42 : 0.35;
-  cost.store = results * std::max(result, (9.0 + math) / 100.0) * (wide ? 1.0 : 1.4) + 1360.0 * passes * share;
+  const double result = !narrow ? 0.16 : last ? 0.3 : 0.3;
+  cost.store = results * std::max(result, (9.0 + math) / 100.0) * (wide ? 1.0 : 1.4) +
+               600.0 * passes * share * ceil_div(g.columns, g.part);
   return cost;
+}
+
+// Whether the copy engine can take the source as it is: no rounding, channels side by side, distances of 16 bytes.
+bool takes_source(const Problem& problem, const Config& config, const Geometry& g) {
+  const int64_t size = static_cast<int64_t>(size_of(problem.dtype));
+  return problem.layout == Layout::channels_last && size == 2 && g.k * problem.groups * size % 16 == 0 &&
+         (problem.groups == 1 || g.k * size % (int64_t{4} * config.block_k) == 0);
+}
+
+// The sums of g.part columns in shared memory. Their row pitch spreads a warp's stores over the banks.
+void lay_out_sums(const Problem& problem, Geometry& g) {
+  const int points = g.part * g.width_phases;
+  if (problem.layout == Layout::channels_last) {
+    g.stage_pitch = static_cast<int>(ceil_div(g.channels, 4) * 4 + 4);
+    g.sum_words = points * g.stage_pitch;
+    return;
+  }
+  const bool pairs = g.num_live == 2 && g.width_phases == 2;
+  g.stage_pitch =
+      static_cast<int>(pairs ? ceil_div(points - 16, 32) * 32 + 16 : ceil_div(points - 8, 32) * 32 + 8);
+  // Rows beyond the channels are stored as well where every row is a channel.
+  g.sum_words = (g.num_live == 1 && g.width_phases == 1 ? 64 : pairs ? 32 : g.channels) * g.stage_pitch;
+}
+
+// Shared memory of a tile: at least two stages of positions, weights that stay or come far enough ahead, the sums at once or
+// in parts. False where it does not fit.
+bool lay_out(const Problem& problem, const Device& device, const Config& config, Geometry& g) {
+  const int64_t rows = static_cast<int64_t>(g.staged[0].base.size()) * g.staged[0].length *
+                       static_cast<int64_t>(g.staged[1].base.size()) * g.staged[1].length;
+  const int64_t positions = static_cast<int64_t>(g.staged[2].base.size()) * g.staged[2].length * rows;
+  int64_t stage_bytes = 0, fixed = 0;
+  if (g.tensor) {
+    g.positions = static_cast<int>(rows * static_cast<int64_t>(g.staged[2].base.size()) / g.staged[1].length * g.box);
+    stage_bytes = ceil_div(int64_t{g.positions + 8} * config.block_k * 4, 1024) * 1024;
+    if (stage_bytes / 16 > 0x3fff) return false;
+    fixed = 2048;  // storing lanes read past the sums of the last channel, up to 512 words
+  } else {
+    const int64_t plane = ceil_div(positions + 7, 8) * 8 + 1;  // = 1 mod 8, and room for a run's overhang
+    if (plane * 16 > 262128) return false;
+    g.positions = static_cast<int>(positions);
+    g.plane = static_cast<int>(plane);
+    stage_bytes = int64_t{config.block_k / 4} * plane * 16;
+    // Copies under way: about 20 KiB hide the latency of memory; 16-bit channels_last goes straight to the stages.
+    g.slots = config.stages == 7 || (problem.layout == Layout::channels_last && size_of(problem.dtype) == 2) ? 1 : 2;
+    const int64_t place_bytes = 8 * std::max<int64_t>(positions, rows * ceil_div(ceil_div(g.span + 3, 4), 2));
+    fixed = 4 * rows + g.slots * int64_t{132} * 32 * config.stages + place_bytes + 16;
+  }
+  const int64_t weight_stage = int64_t{g.entries_per_stage} * config.block_k * 256 * g.row_groups;
+  int64_t all_weights = 0;  // stages
+  for (const Pass& pass : g.passes)
+    all_weights += ceil_div(static_cast<int64_t>(pass.entries.size()), g.entries_per_stage) * g.chunks;
+  const bool may_stay = problem.groups == 1 && g.row_blocks <= g.row_groups &&
+                        (!splits_passes(config) || g.passes.size() == 1) && all_weights <= kMostStayingStages;
+  const int wanted = std::clamp(2 + static_cast<int>(std::ceil(kWeightLatency / group_cycles(config, g))),
+                                kLeastWeightStages, kMostWeightStages);
+  const int64_t limit = static_cast<int64_t>(device.shared_memory_per_block) - kStaticBytes - fixed;
+  // Parts of the sums, stages of weights (0: all stay), in the order of preference.
+  const std::pair<int, int> choices[] = {{1, 0}, {1, wanted}, {2, 0}, {2, wanted}, {1, kLeastWeightStages},
+                                         {2, kLeastWeightStages}, {4, kLeastWeightStages}};
+  for (const auto& [parts, stages] : choices) {
+    if (stages == 0 && !may_stay) continue;
+    g.part = static_cast<int>(ceil_div(ceil_div(g.columns, 8), parts) * 8);
+    lay_out_sums(problem, g);
+    g.weights_stay = stages == 0;
+    g.weight_stages = g.weights_stay ? static_cast<int>(all_weights) : stages;
+    const int64_t used = g.weight_stages * weight_stage + int64_t{8} * g.sum_words;
+    const int64_t fitting = (limit - used) / stage_bytes;
+    if (used > limit || fitting < 2) continue;
+    g.stages = static_cast<int>(std::min<int64_t>(fitting, kMaxStages));
+    // Chunks that stay for all passes are given back together.
+    g.resident = (splits_passes(config) ? 1 : g.live_passes) > 1 && fitting > g.chunks;
+    if (g.resident) g.stages = static_cast<int>(std::min<int64_t>(fitting, std::max(2 * g.chunks, 2)));
+    g.shared_bytes = static_cast<std::size_t>(g.stages * stage_bytes + used + fixed - (g.tensor ? 0 : 4 * rows));
+    return true;
+  }
+  return false;
+}
+
+// A tile of a warpgroup: th rows of tw positions; false where something does not fit.
+bool set_tile(const Problem& problem, int th, int tw, int groups_high, Geometry& g) {
+  g.th = th, g.tw = tw;
+  g.group_rows = groups_high == 2 ? th : 0;
+  g.group_columns = groups_high == 1 && g.row_groups == 1 ? tw : 0;
+  g.staged[1] = columns_of(th * groups_high, g.source_step[1], g.offset[1]);
+  const Columns& columns = g.staged[2];
+  g.columns = static_cast<int>(ceil_div((th - 1) * columns.length + tw, 8) * 8);
+  const auto [low_w, high_w] = std::minmax_element(columns.base.begin(), columns.base.end());
+  g.span_begin = *low_w;
+  g.span = *high_w - *low_w + (columns.length - 1) * g.source_step[2] + 1;
+  g.vector = problem.layout == Layout::channels_last ? g.k % (16 / static_cast<int>(size_of(problem.dtype))) == 0
+                                                     : g.span <= 2 * static_cast<int>(columns.base.size()) * columns.length;
+  if (g.tensor) {
+    const int64_t wide = int64_t{columns.length - 1} * g.source_step[2] + 1;
+    const int64_t high = int64_t{g.staged[1].length - 1} * g.source_step[1] + 1;
+    g.box = static_cast<int>(ceil_div(int64_t{g.staged[1].length} * columns.length, 8) * 8);
+    return wide <= kMostBox && high <= kMostBox;
+  }
+  const int64_t rows = static_cast<int64_t>(g.staged[0].base.size()) * g.staged[0].length *
+                       static_cast<int64_t>(g.staged[1].base.size()) * g.staged[1].length;
+  if (rows > kMaxStagedRows || columns.length * g.source_step[2] > 32768) return false;
+  const auto [low_d, high_d] = reach_of(g, 0);
+  const auto [low_h, high_h] = reach_of(g, 1);
+  // Relative rows are kept in 16 bits, their elements in 32.
+  if (high_d - low_d >= 32768 || high_h - low_h >= 32768) return false;
+  const int64_t row_elements =
+      g.source_size[2] *
+      (problem.layout == Layout::channels_last || g.rows_are_images ? int64_t{g.k} * problem.groups : 1);
+  const int64_t farthest = std::max(std::abs(low_d), std::abs(high_d)) * g.source_size[1] +
+                           std::max(std::abs(low_h), std::abs(high_h));
+  return farthest * row_elements < kMostElements;
+}
+
+int64_t num_items(const Problem& problem, const Config& config, const Geometry& g) {
+  return g.tiles[0] * g.tiles[1] * g.tiles[2] * g.batch * problem.groups * ceil_div(g.row_blocks, g.row_groups) *
+         (splits_passes(config) ? static_cast<int64_t>(g.passes.size()) : 1);
 }
 
 Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
@@ -235,92 +380,39 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
   };
   g.chunks = static_cast<int>(ceil_div(g.words, config.block_k));
   if (config.block_k > 8 && config.block_k / 2 >= g.words) return refuse("block_k is over twice the channels");
-  if (config.split && g.passes.size() == 1) return refuse("one pass cannot be split");
-  const int entry_bytes = config.block_k * 256;
-  g.entries_per_stage = std::clamp(kWeightStageBytes / entry_bytes, 1, g.most_entries);
-  const std::size_t weight_bytes = static_cast<std::size_t>(kWeightStages) * g.entries_per_stage * entry_bytes;
-  const int64_t limit = static_cast<int64_t>(device.shared_memory_per_block) - kStaticBytes;
-
+  if (splits_passes(config) && g.passes.size() == 1) return refuse("one pass cannot be split");
+  if (config.split & kSplitRows) {
+    if (g.row_blocks == 1) return refuse("one row block cannot be split");
+    g.row_groups = 2;
+  }
+  if (config.stages == 1) {
+    g.tensor = true;
+    g.packed = !takes_source(problem, config, g);
+    if (g.source_step[1] > kMostElementStride || g.source_step[2] > kMostElementStride)
+      return refuse("steps of the source are over " + std::to_string(kMostElementStride));
+  }
+  g.entries_per_stage = std::clamp(kWeightStageBytes / (config.block_k * 256), 1, g.most_entries);
   g.staged[0] = columns_of(1, g.source_step[0], g.offset[0]);
   double best = std::numeric_limits<double>::max();
   const Geometry base = g;
   const int halo = columns_of(8, g.source_step[2], g.shifts).length - 8;
-  for (int beside = 0; beside < 2; ++beside)  // the warpgroups' runs: above each other, or side by side
+  for (int beside = 0; beside < (g.row_groups == 2 ? 1 : 2); ++beside)  // runs above each other, or side by side
     for (int tw : tile_widths(config.block_n, halo)) {
       if (tw < 4 || tw > config.block_n) continue;
       if (tw > 8 && tw / 2 >= g.lattice[2]) continue;
       const Columns columns = columns_of(beside ? 2 * tw : tw, g.source_step[2], g.shifts);
       const int most = (config.block_n - tw) / columns.length + 1;
-      const int groups_high = beside ? 1 : 2;
+      const int groups_high = beside || g.row_groups == 2 ? 1 : 2;
       const int wanted = static_cast<int>(std::min<int64_t>(most, ceil_div(g.lattice[1], groups_high)));
       for (int th : {most, wanted}) {
         if (th < 1 || th > 256) continue;
         Geometry t = base;
-        t.th = th, t.tw = tw;
-        t.group_rows = beside ? 0 : th;
-        t.group_columns = beside ? tw : 0;
-        t.staged[1] = columns_of(th * groups_high, g.source_step[1], g.offset[1]);
         t.staged[2] = columns;
-        t.columns = static_cast<int>(ceil_div((th - 1) * columns.length + tw, 8) * 8);
-        const int64_t rows = static_cast<int64_t>(t.staged[0].base.size()) * t.staged[0].length *
-                             static_cast<int64_t>(t.staged[1].base.size()) * t.staged[1].length;
-        const int64_t positions = static_cast<int64_t>(columns.base.size()) * columns.length * rows;
-        const int64_t plane = ceil_div(positions + 7, 8) * 8 + 1;  // = 1 mod 8, and room for a run's overhang
-        if (plane * 16 > 262128 || rows > kMaxStagedRows || columns.length * t.source_step[2] > 32768) continue;
-        t.positions = static_cast<int>(positions);
-        t.plane = static_cast<int>(plane);
-        // The row pitch of the sums spreads a warp's stores over the banks.
-        const int points = t.columns * t.width_phases;
-        if (problem.layout == Layout::channels_last) {
-          t.stage_pitch = static_cast<int>(ceil_div(t.channels, 4) * 4 + 4);
-          t.sum_words = points * t.stage_pitch;
-        } else {
-          t.stage_pitch = static_cast<int>(t.num_live == 2 && t.width_phases == 2 ? ceil_div(points - 16, 32) * 32 + 16
-                                                                                  : ceil_div(points - 8, 32) * 32 + 8);
-          // Rows beyond the channels are stored as well where every row is a channel.
-          t.sum_words = (t.num_live == 1 && t.width_phases == 1   ? 64
-                         : t.num_live == 2 && t.width_phases == 2 ? 32
-                                                                  : t.channels) *
-                        t.stage_pitch;
-        }
-        const int64_t stage_bytes = int64_t{config.block_k / 4} * plane * 16;
-        // Copies under way: about 20 KiB hide the latency of memory; 16-bit channels_last goes straight to the stages.
-        t.slots =
-            config.stages == 7 || (problem.layout == Layout::channels_last && size_of(problem.dtype) == 2) ? 1 : 2;
-        const int64_t slot_bytes = int64_t{132} * 32 * config.stages;
-        const auto [low_w, high_w] = std::minmax_element(columns.base.begin(), columns.base.end());
-        t.span_begin = *low_w;
-        t.span = *high_w - *low_w + (columns.length - 1) * t.source_step[2] + 1;
-        const int64_t place_bytes = 8 * std::max<int64_t>(positions, rows * ceil_div(ceil_div(t.span + 3, 4), 2));
-        const int64_t left = limit - 4 * rows - static_cast<int64_t>(weight_bytes) - int64_t{8} * t.sum_words -
-                             t.slots * slot_bytes - place_bytes - 16;
-        if (left < 2 * stage_bytes) continue;
-        const int passes_of_item = config.split ? 1 : t.live_passes;
-        t.stages = static_cast<int>(std::min<int64_t>(left / stage_bytes, kMaxStages));
-        t.resident = passes_of_item > 1 && left / stage_bytes > t.chunks;
-        if (t.resident) t.stages = static_cast<int>(std::min<int64_t>(left / stage_bytes, std::max(2 * t.chunks, 2)));
-        t.vector = problem.layout == Layout::channels_last
-                       ? g.k % (16 / static_cast<int>(size_of(problem.dtype))) == 0
-                       : t.span <= 2 * static_cast<int>(columns.base.size()) * columns.length;
-        const auto [low_d, high_d] = reach_of(t, 0);
-        const auto [low_h, high_h] = reach_of(t, 1);
-        // Relative rows are kept in 16 bits, their elements in 32.
-        if (high_d - low_d >= 32768 || high_h - low_h >= 32768) continue;
-        const int64_t row_elements =
-            t.source_size[2] *
-            (problem.layout == Layout::channels_last || t.rows_are_images ? int64_t{g.k} * problem.groups : 1);
-        const int64_t farthest = std::max(std::abs(low_d), std::abs(high_d)) * t.source_size[1] +
-                                 std::max(std::abs(low_h), std::abs(high_h));
-        if (farthest * row_elements >= kMostElements) continue;
-        t.shared_bytes = static_cast<std::size_t>(t.stages * stage_bytes) + weight_bytes +
-                         8 * static_cast<std::size_t>(t.sum_words) +
-                         static_cast<std::size_t>(t.slots * slot_bytes + place_bytes + 16);
+        if (!set_tile(problem, th, tw, groups_high, t) || !lay_out(problem, device, config, t)) continue;
         t.tiles[0] = std::max<int64_t>(1, t.lattice[0]);
         t.tiles[1] = std::max<int64_t>(1, ceil_div(t.lattice[1], th * groups_high));
         t.tiles[2] = std::max<int64_t>(1, ceil_div(t.lattice[2], beside ? 2 * tw : tw));
-        const int64_t items = t.tiles[0] * t.tiles[1] * t.tiles[2] * t.batch * problem.groups * t.row_blocks *
-                              (config.split ? static_cast<int64_t>(t.passes.size()) : 1);
-        const double cost = static_cast<double>(ceil_div(items, device.multiprocessors)) *
+        const double cost = static_cast<double>(ceil_div(num_items(problem, config, t), device.multiprocessors)) *
                             cost_of(problem, epilogue, config, t).total();
         if (cost < best) {
           best = cost;
@@ -332,13 +424,19 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
   return g;
 }
 
-int64_t num_items(const Problem& problem, const Config& config, const Geometry& g) {
-  return g.tiles[0] * g.tiles[1] * g.tiles[2] * g.batch * problem.groups * g.row_blocks *
-         (config.split ? static_cast<int64_t>(g.passes.size()) : 1);
-}
-
 std::size_t packed_words(const Problem& problem, const Config& config, const Geometry& g) {
   return static_cast<std::size_t>(problem.groups) * g.row_blocks * g.num_entries * g.chunks * config.block_k * 64;
+}
+
+// Bytes of the source's copy, behind the weights in the workspace.
+std::size_t packed_source_bytes(const Problem& problem, const Config& config, const Geometry& g) {
+  if (!g.packed) return 0;
+  return static_cast<std::size_t>(problem.batch * problem.groups *
+                                  volume(g.forward ? problem.input : output_size(problem))) *
+         static_cast<std::size_t>(g.chunks * config.block_k) * 4;
+}
+std::size_t weight_workspace(const Problem& problem, const Config& config, const Geometry& g) {
+  return (packed_words(problem, config, g) * 4 + 255) / 256 * 256;
 }
 
 int fold_of(const Config& config) { return config.block_m / 64; }
@@ -368,6 +466,14 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
     fit.refusal = "more than 2^31 items";
     return fit;
   }
+  if (packed_source_bytes(problem, config, g) > kMostPackedBytes) {
+    fit.refusal = "a copy of the source would take more than 256 MiB";
+    return fit;
+  }
+  if (g.tensor && !has_tensor_maps()) {
+    fit.refusal = "the driver cannot describe tensors to the copy engine (needs CUDA 12.0)";
+    return fit;
+  }
   if (packed_words(problem, config, g) >= (std::size_t{1} << 31)) {
     fit.refusal = "more than 2^31 packed words";
     return fit;
@@ -376,10 +482,13 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   const double rounds = static_cast<double>(ceil_div(items, device.multiprocessors));
   // Ends: the first loads have nothing to hide behind, nor the last store.
   const double compute = (rounds * cost_of(problem, epilogue, config, g).total() + 4000.0) / clock * 1e6;
+  // A packed source is written, and read again: from L2 where it fits.
+  const double packed_bytes = static_cast<double>(packed_source_bytes(problem, config, g));
   const double traffic = minimum_bytes(problem) / (device.bandwidth_tbs * 1e12 * 0.85) * 1e6;
-  // 20: two launches, the weights' packing, and what a block does before its first stage.
-  fit.microseconds = std::max(compute, traffic) + 0.15 * std::min(compute, traffic) + 20.0;
-  fit.workspace_bytes = packed_words(problem, config, g) * 4;
+  const double packing = packed_bytes == 0 ? 0 : packed_bytes * 2.2 / (device.bandwidth_tbs * 1e12 * 0.85) * 1e6 + 2.0;
+  // 15: two launches, the weights' packing, and what a block does before its first stage.
+  fit.microseconds = std::max(compute, traffic) + 0.15 * std::min(compute, traffic) + packing + 15.0;
+  fit.workspace_bytes = weight_workspace(problem, config, g) + packed_source_bytes(problem, config, g);
   for (const Op& op : epilogue.ops) {
     if (is_norm(op.kind)) break;
     ++fit.fused_ops;
@@ -418,10 +527,15 @@ std::vector<Unit> units(const Step& step) {
     phase.insert(phase.end(), pass.phase, pass.phase + 3);
     for (const Entry& entry : pass.entries) {
       const int in_row = g.staged[2].tap_word[entry.shift_w];  // plane * length + column
-      word.push_back(((in_row / length * rows_d + g.staged[0].tap_word[entry.tap_d]) * rows_h +
-                      g.staged[1].tap_word[entry.tap_h]) *
-                         length +
-                     in_row % length);
+      const int plane = in_row / length * rows_d + g.staged[0].tap_word[entry.tap_d];
+      const int in_rows = g.staged[1].tap_word[entry.tap_h];  // plane * length + row
+      if (g.tensor) {  // units: the box, then its rows
+        const int high = g.staged[1].length, planes_h = rows_h / high;
+        word.push_back(((plane * planes_h + in_rows / high) * g.box + in_rows % high * length + in_row % length) *
+                       (config.block_k / 4));
+      } else {
+        word.push_back((plane * rows_h + in_rows) * length + in_row % length);
+      }
       for (int t : entry.tap_w) tap.push_back(t < 0 ? -1 : (entry.tap_d * kh + entry.tap_h) * kw + t);
     }
     begin.push_back(static_cast<int>(word.size()));
@@ -430,6 +544,7 @@ std::vector<Unit> units(const Step& step) {
   define("RG_NUM_PASSES", g.passes.size());
   const std::string layer = text.str();
   define("RG_ENTRY_TAP", list(tap));
+  define("RG_PACK_SOURCE", g.packed ? 1 : 0);
   const std::string pack = text.str();
   text.str("");
   text << layer;
@@ -438,7 +553,12 @@ std::vector<Unit> units(const Step& step) {
   define("RG_LOAD_WARPS", config.stages);
   define("RG_STORE_GROUPS", (config.warps - 9 - config.stages) / 4);
   define("RG_RESIDENT", g.resident ? 1 : 0);
-  define("RG_WEIGHT_STAGES", kWeightStages);
+  define("RG_TENSOR", g.tensor ? 1 : 0);
+  define("RG_BOX", g.box);
+  define("RG_ROW_GROUPS", g.row_groups);
+  define("RG_PART", g.part);
+  define("RG_WEIGHT_STAGES", g.weight_stages);
+  define("RG_WEIGHTS_STAY", g.weights_stay ? 1 : 0);
   define("RG_ENTRIES_PER_STAGE", g.entries_per_stage);
   define("RG_N", g.columns);
   define("RG_TH", g.th);
@@ -470,7 +590,7 @@ std::vector<Unit> units(const Step& step) {
   define("RG_OUT_H", g.result_step[1]);
   define("RG_OUT_W", g.result_step[2]);
   define("RG_PW", g.width_phases);
-  define("RG_PASS_PER_ITEM", config.split);
+  define("RG_PASS_PER_ITEM", splits_passes(config) ? 1 : 0);
   define("RG_STAGE_PITCH", g.stage_pitch);
   define("RG_SUM_WORDS", g.sum_words);
   define("RG_WIDE_PAIRS", size_of(step.epilogue.output_dtype.value_or(problem.dtype)) == 2 ? 1 : 0);
@@ -513,18 +633,69 @@ void strides_of(long long (&stride)[4], const Problem& problem, const Geometry& 
   stride[3] = last ? channels : plane;
 }
 
+// What the copy engine stages: the tensor itself, or the copy of it with channels side by side.
+TensorView view_of(const Problem& problem, const Config& config, const Geometry& g, const void* first,
+                   const long long (&stride)[4]) {
+  const int size = static_cast<int>(size_of(problem.dtype));
+  TensorView view;
+  view.first = first;
+  view.element_bytes = size;
+  view.row_bytes = config.block_k * 4;
+  const int64_t channels = g.packed ? int64_t{g.chunks} * config.block_k * 4 / size : int64_t{g.k} * problem.groups;
+  view.size[0] = channels;
+  for (int dim = 0; dim < 3; ++dim) view.size[1 + dim] = g.source_size[2 - dim];
+  view.size[4] = g.rows_are_images ? (g.packed ? problem.groups : 1) : g.batch * (g.packed ? problem.groups : 1);
+  const int64_t position = channels * size;
+  view.stride[0] = position;
+  if (g.packed) {
+    const int64_t plane = position * (g.rows_are_images ? g.source_size[2] : g.source_size[0] * g.source_size[1] *
+                                                                                  g.source_size[2]);
+    view.stride[1] = g.rows_are_images ? plane * problem.groups : position * g.source_size[2];
+    view.stride[2] = g.rows_are_images ? view.stride[1] * g.source_size[1] : view.stride[1] * g.source_size[1];
+    view.stride[3] = plane;
+  } else {
+    view.stride[1] = stride[2] * size, view.stride[2] = stride[1] * size, view.stride[3] = stride[0] * size;
+  }
+  view.box[0] = config.block_k * 4 / size;
+  view.step[1] = g.source_step[2], view.step[2] = g.source_step[1];
+  view.box[1] = (g.staged[2].length - 1) * view.step[1] + 1;
+  view.box[2] = (g.staged[1].length - 1) * view.step[2] + 1;
+  return view;
+}
+
+void launch_packing(const Step& step, const Tensors& tensors, const Ready& ready, const void* source,
+                    const long long (&stride)[4], Stream stream) {
+  const Problem& problem = step.problem;
+  const Geometry& g = ready.geometry;
+  const void* weight = tensors.weight;
+  void* packed = tensors.workspace;
+  unsigned blocks = ready.pack_blocks, weight_grid = std::min(16384u, blocks);
+  struct {
+    const void* source;
+    void* packed;
+    long long image, inner, plane;
+    int tiles;
+    unsigned blocks;
+  } copy{};
+  unsigned grid = weight_grid;
+  if (g.packed) {
+    copy.source = source;
+    copy.packed = static_cast<char*>(packed) + weight_workspace(problem, step.config, g);
+    copy.image = stride[0], copy.inner = stride[3];
+    copy.plane = volume(g.forward ? problem.input : output_size(problem));
+    copy.tiles = static_cast<int>(ceil_div(copy.plane, 64));
+    copy.blocks = static_cast<unsigned>(problem.batch * problem.groups * copy.tiles * g.chunks);
+    grid += std::min(65536u, copy.blocks);
+  }
+  void* args[] = {&weight, &packed, &blocks, &weight_grid, &copy};
+  launch(*ready.functions[1], {grid}, stream, args);
+}
+
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   const Ready& ready = *static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()));
   const Geometry& g = ready.geometry;
   const Problem& problem = step.problem;
   if (ready.items == 0) return;
-  {
-    const void* weight = tensors.weight;
-    void* packed = tensors.workspace;
-    unsigned blocks = ready.pack_blocks;
-    void* args[] = {&weight, &packed, &blocks};
-    launch(*ready.functions[1], {std::min(16384u, blocks)}, stream, args);
-  }
   struct {
     const void* source;
     const void* weights;
@@ -535,6 +706,8 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     unsigned items;
     int vector_loads, wide_stores;
     const void* operands[kMaxOperands];
+    int tensor, tensor_channels, tensor_images, tensor_groups;
+    TensorMap map;
   } args{};
   const Dims output = output_size(problem);
   const Dims& source = g.forward ? problem.input : output;
@@ -545,6 +718,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   args.result = tensors.output;
   strides_of(args.source_stride, problem, g, int64_t{g.k} * problem.groups, source);
   strides_of(args.result_stride, problem, g, int64_t{g.n} * problem.groups, result);
+  launch_packing(step, tensors, ready, args.source, args.source_stride, stream);
   for (int dim = 0; dim < 3; ++dim) {
     args.source_size[dim] = static_cast<int>(g.source_size[dim]);
     args.result_size[dim] = static_cast<int>(g.result_size[dim]);
@@ -561,6 +735,15 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   args.wide_stores = problem.layout == Layout::channels_last ? to % 16 == 0 && g.n % wide == 0 && g.channels % wide == 0
                                                              : to % 4 == 0 && result[2] % 2 == 0;
   for (int i = 0; i < kMaxOperands; ++i) args.operands[i] = tensors.operands[i];
+  if (g.tensor && (g.packed || address % 16 == 0)) {
+    const void* first =
+        g.packed ? static_cast<const char*>(tensors.workspace) + weight_workspace(problem, step.config, g) : args.source;
+    args.tensor = 1;
+    args.tensor_channels = g.packed ? 0 : g.k;
+    args.tensor_images = g.packed && !g.rows_are_images ? static_cast<int>(problem.groups) : 1;
+    args.tensor_groups = g.packed ? 1 : 0;
+    args.map = tensor_map(view_of(problem, step.config, g, first, args.source_stride));
+  }
   void* pointers[] = {&args};
   launch(*ready.functions[0], {static_cast<unsigned>(std::min<int64_t>(ready.items, step.device.multiprocessors))},
          stream, pointers);

@@ -2,12 +2,13 @@
 // Computes  result[b, n, o] = epilogue( sum over taps, k of source[b, k, position(o, tap)] * weight[k, n, tap] )
 //           with source, k, n as in phase_gemm_sm80
 // Method    one block per multiprocessor walks over tiles; its warps have roles and meet only at the stages of three rings:
-//             load      3 or 7 warps stage positions as 16-byte units of channels, rounded, with copies on their way
+//             load      1 warp lets the copy engine stage positions (RG_TENSOR), or 3 or 7 warps do, rounding them
 //             weights   1 warp copies packed rows by the copy engine
-//             multiply  2 warpgroups, each 64 rows (result channel x width phase) times a run of RG_N positions
+//             multiply  2 warpgroups, each 64 rows (result channel x width phase) times a run of RG_N positions; the
+//                       runs are neighbours with the same rows, or one run with neighbouring rows (RG_ROW_GROUPS 2)
 //             store     4 or 8 warps take the sums through shared memory, apply the epilogue and write whole lines
 //           so loads, products and stores of neighbouring tiles overlap. Both operands lie in shared memory with k
-//           contiguous and no swizzle: any position is a legal start address, one staged tile serves every tap.
+//           contiguous: any position is a legal start address, one staged tile serves every tap.
 // Refuses   fp32 accuracy (the tensor core truncates its sums), fp64 (see ring_gemm_sm90.cpp)
 // Reads as  1 locate · 2 load · 3 multiply · 4 epilogue · 5 store
 // SPDX-License-Identifier: Apache-2.0
@@ -24,19 +25,35 @@ __constant__ int rg_live[] = {RG_LIVE};  // width phases with taps, in row order
 // Warps 0-7 multiply, the next ones load, one copies weights; the last store: four for both warpgroups, or for each.
 constexpr int kLoaders = 32 * RG_LOAD_WARPS;
 constexpr int kStorers = 128;
-constexpr int kThreads = 256 + kLoaders + 32 + kStorers * RG_STORE_GROUPS;
 constexpr int kWeightWarp = 8 + RG_LOAD_WARPS;
+// Registers move between whole warpgroups, so with the copy engine two warps before the storing ones have nothing to do.
+constexpr int kFirstStorer = RG_TENSOR ? 12 : kWeightWarp + 1;
+constexpr int kThreads = 32 * kFirstStorer + kStorers * RG_STORE_GROUPS;
 constexpr int kPerUnit = 16 / sizeof(storage_t);  // channels in 16 bytes
 constexpr int kUnits = RG_KC / 4;                 // planes per chunk; RG_KC counts 4-byte words
 constexpr int kSteps = RG_KC / 8;
 constexpr int kRowsD = RG_NPD * RG_JD, kRowsH = RG_NPH * RG_JH;
 constexpr int kRows = kRowsD * kRowsH;
+#if RG_TENSOR
+// Positions as the copy engine lays them: channels of a chunk side by side, 16-byte units exchanged within 8 positions.
+constexpr int kBoxes = RG_NPW * kRowsD * RG_NPH;  // of RG_BOX positions, a multiple of 8
+constexpr int kStageUnits = ((kBoxes * RG_BOX + 8) * kUnits + 63) / 64 * 64;
+constexpr int kPositionUnits = kUnits, kStepUnits = 2, kPlaneBytes = 16;
+constexpr unsigned kColumnsLayout = (kUnits == 8 ? 1u : kUnits == 4 ? 2u : 3u) << 30 | 8 * kUnits;
+#else
+// Planes of one unit of channels at every position; no exchange.
 constexpr int kPositions = RG_NPW * kRows * RG_JW;
 constexpr int kPlane = RG_PLANE;  // positions of a plane, with room for the run's overhang; = 1 mod 8 (banks)
+constexpr int kSlots = RG_SLOTS;  // pieces of 128 bytes that a loading thread has under way
 constexpr int kStageUnits = kUnits * kPlane;
+constexpr int kPositionUnits = 1, kStepUnits = 2 * kPlane, kPlaneBytes = kPlane * 16;
+constexpr unsigned kColumnsLayout = 8;
+#endif
 constexpr int kSums = RG_N / 2;
-constexpr int kEntryWords = RG_KC * 64;  // packed rows of one entry and chunk
-constexpr int kSlots = RG_SLOTS;         // pieces of 128 bytes that a loading thread has under way
+constexpr int kParts = (RG_N + RG_PART - 1) / RG_PART;  // in which a run's sums are handed over
+constexpr int kEntryWords = RG_KC * 64;                                // packed rows of one entry and chunk
+constexpr int kGroupWords = RG_ENTRIES_PER_STAGE * kEntryWords;        // of one row block in a stage
+constexpr int kWeightStageWords = RG_ROW_GROUPS * kGroupWords;
 
 struct RingGemmArgs {
   const storage_t* source;
@@ -53,6 +70,11 @@ struct RingGemmArgs {
   int vector_loads;  // contiguous: planes are multiples of 4 elements; channels_last: 16-byte units are aligned
   int wide_stores;  // contiguous: 16-bit rows start on 4-byte boundaries; channels_last: 16 bytes of results are aligned
   Operands operands;
+#if RG_TENSOR
+  int tensor;  // the map describes the source; otherwise its elements are gathered
+  int tensor_channels, tensor_images, tensor_groups;  // coordinates: channel per group; image per image and per group
+  TensorMap map;
+#endif
 };
 
 // 1 locate
@@ -63,8 +85,9 @@ struct Item {
 
 __device__ __forceinline__ Item locate(const RingGemmArgs& a, unsigned index) {
   Item item;
-  item.row_block = index % RG_ROW_BLOCKS;
-  index /= RG_ROW_BLOCKS;
+  constexpr int kRowItems = (RG_ROW_BLOCKS + RG_ROW_GROUPS - 1) / RG_ROW_GROUPS;
+  item.row_block = index % kRowItems * RG_ROW_GROUPS;
+  index /= kRowItems;
   item.pass_begin = 0, item.pass_end = RG_NUM_PASSES;
   if (RG_PASS_PER_ITEM) {
     item.pass_begin = index % RG_NUM_PASSES;
@@ -91,15 +114,21 @@ __device__ __forceinline__ int loads_of(const Item& item) {
 }
 
 // ------------------------------------------------------------------------------------------------------------- 2 load
+#if RG_TENSOR
+#include "ring_gemm_tensor_sm90.cuh"
+#else
 #include "ring_gemm_load_sm90.cuh"
+#endif
 
 // -------------------------------------------------------------------------------------------------------- 3 multiply
 
 // Row of a product -> (channel, width phase). With two phases both are in one thread (rows r and r + 8).
-__device__ __forceinline__ void store_sums(float* stage, const float (&sum)[kSums], int warp, int quad, int quarter) {
+__device__ __forceinline__ void store_sums(float* stage, const float (&sum)[kSums], int part, int warp, int quad,
+                                           int quarter) {
 #pragma unroll
-  for (int n8 = 0; n8 < RG_N / 8; ++n8) {
-    const int at = n8 * 4, position = n8 * 8 + quarter * 2;
+  for (int n8 = 0; n8 < RG_PART / 8; ++n8) {
+    const int at = (part * (RG_PART / 8) + n8) * 4, position = n8 * 8 + quarter * 2;
+    if (at >= kSums) break;
 #if !TCONV_CHANNELS_LAST && RG_NUM_LIVE == 1 && RG_PW == 1
     float2* to = reinterpret_cast<float2*>(stage + (warp * 16 + quad) * RG_STAGE_PITCH + position);
     to[0] = make_float2(sum[at], sum[at + 1]);
@@ -127,16 +156,17 @@ __device__ __forceinline__ void store_sums(float* stage, const float (&sum)[kSum
 
 // ------------------------------------------------------------------------------------------------ 4 epilogue, 5 store
 
-// One warpgroup's run of one pass; without taps the stage is not read.
+// A part of one warpgroup's run of one pass; without taps the stage is not read.
 template <bool kTaps>
-__device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& item, int pass, int warpgroup,
+__device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& item, int pass, int part, int warpgroup,
                                           const float* stage, int thread) {
   const int phase_d = rg_pass[3 * pass], phase_h = rg_pass[3 * pass + 1], phase_w = rg_pass[3 * pass + 2];
   const int od = item.q_d * RG_OUT_D + phase_d;
   if (od >= a.result_d) return;
   const int q_h = item.q_h + warpgroup * RG_GROUP_ROWS, q_w = item.q_w + warpgroup * RG_GROUP_COLUMNS;
-  const int n_first = item.row_block * RG_CHANNELS;
-  constexpr int kPoints = RG_N * RG_PW;
+  const int n_first = (item.row_block + (RG_ROW_GROUPS == 2 ? warpgroup : 0)) * RG_CHANNELS;
+  constexpr int kPoints = RG_PART * RG_PW;
+  const int p_first = kParts == 1 ? 0 : part * RG_PART;
 #if TCONV_CHANNELS_LAST
   // Lanes along the channels, 16 bytes of results each; a thread keeps its channels while the positions go by.
   constexpr int kWide = 16 / sizeof(output_t);
@@ -151,33 +181,44 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
   for (int e = 0; e < kWide; ++e) bias[e] = e < count ? tconv_bias(a.bias, channel + e) : 0.f;
   const long long first =
       item.b * a.result_image + od * a.result_slab + (long long)q_h * RG_OUT_H * a.result_row + channel;
-#pragma unroll 2
-  for (int point = thread / kLanes; point < kPoints; point += kStorers / kLanes) {
-    const int p = point / RG_PW, col = p % RG_JW, row = p / RG_JW, within = phase_w + point % RG_PW;
-    const int oh = row * RG_OUT_H + phase_h, ow = (q_w + col) * RG_OUT_W + within;
-    if (row >= RG_TH || col >= RG_TW || (RG_PW != RG_OUT_W && within >= RG_OUT_W) ||
-        q_h * RG_OUT_H + oh >= a.result_h || ow >= a.result_w)
-      continue;
-    const long long element = first + oh * a.result_row + ow * a.result_inner;
-    const float4* from = reinterpret_cast<const float4*>(stage + point * RG_STAGE_PITCH + column);
-    Pack<output_t, kWide> results;
+  // A few points at once: one alone waits some 1000 cycles for its address, its sums and its store in turn.
+  constexpr int kStep = kStorers / kLanes, kAtOnce = kWide == 8 ? 3 : 4;
+#pragma unroll 1
+  for (int point0 = thread / kLanes; point0 < kPoints; point0 += kAtOnce * kStep) {
+    long long element[kAtOnce];
+    bool stored[kAtOnce];
+    float x[kAtOnce][kWide];
 #pragma unroll
-    for (int e4 = 0; e4 < kWide / 4; ++e4) {
-      const float4 four = kTaps ? from[e4] : make_float4(0.f, 0.f, 0.f, 0.f);
-      const float x[4] = {four.x, four.y, four.z, four.w};
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int point = point0 + i * kStep;
+      const int p = p_first + point / RG_PW, col = p % RG_JW, row = p / RG_JW, within = phase_w + point % RG_PW;
+      const int oh = row * RG_OUT_H + phase_h, ow = (q_w + col) * RG_OUT_W + within;
+      stored[i] = point < kPoints && row < RG_TH && col < RG_TW && (RG_PW == RG_OUT_W || within < RG_OUT_W) &&
+                  q_h * RG_OUT_H + oh < a.result_h && ow < a.result_w;
+      element[i] = first + oh * a.result_row + ow * a.result_inner;
+      const float4* from = reinterpret_cast<const float4*>(stage + point * RG_STAGE_PITCH + column);
 #pragma unroll
-      for (int e = 4 * e4; e < 4 * e4 + 4; ++e)
-        results.item[e] =
-            e < count
-                ? narrow<output_t>(tconv_epilogue<float>(x[e % 4] + bias[e], channel + e, element + e, a.operands))
-                : output_t();
+      for (int e4 = 0; e4 < kWide / 4; ++e4) {
+        const float4 four = kTaps && stored[i] ? from[e4] : make_float4(0.f, 0.f, 0.f, 0.f);
+        x[i][4 * e4] = four.x, x[i][4 * e4 + 1] = four.y, x[i][4 * e4 + 2] = four.z, x[i][4 * e4 + 3] = four.w;
+      }
     }
-    if (whole) {
-      *reinterpret_cast<Pack<output_t, kWide>*>(a.result + element) = results;
-    } else {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (!stored[i]) continue;
+      Pack<output_t, kWide> results;
 #pragma unroll
       for (int e = 0; e < kWide; ++e)
-        if (e < count) a.result[element + e] = results.item[e];
+        results.item[e] = e < count ? narrow<output_t>(tconv_epilogue<float>(x[i][e] + bias[e], channel + e,
+                                                                             element[i] + e, a.operands))
+                                    : output_t();
+      if (whole) {
+        *reinterpret_cast<Pack<output_t, kWide>*>(a.result + element[i]) = results;
+      } else {
+#pragma unroll
+        for (int e = 0; e < kWide; ++e)
+          if (e < count) a.result[element[i] + e] = results.item[e];
+      }
     }
   }
 #else
@@ -198,7 +239,7 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
 #pragma unroll
       for (int e = 0; e < kPerLane; ++e) {
         const int x = x0 + i * kSpan + lane * kPerLane + e;
-        const int p = x / RG_PW, col = p % RG_JW, row = p / RG_JW, within = phase_w + x % RG_PW;
+        const int p = p_first + x / RG_PW, col = p % RG_JW, row = p / RG_JW, within = phase_w + x % RG_PW;
         const int oh = (q_h + row) * RG_OUT_H + phase_h, ow = (q_w + col) * RG_OUT_W + within;
         stored[i][e] = x < kPoints && row < RG_TH && col < RG_TW && oh < a.result_h && ow < a.result_w &&
                        (RG_PW == RG_OUT_W || within < RG_OUT_W);
@@ -208,38 +249,48 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
     int channel = item.group * RG_N_CHANNELS + n_first + warp;
     long long first = item.b * a.result_image + od * a.result_slab + channel * a.result_inner;
     const float* from = stage + warp * RG_STAGE_PITCH + x0 + lane * kPerLane;
+    // Two channels at once: the sums of the second come while those of the first leave.
+    constexpr int kStep = kStorers / 32;
 #pragma unroll 1
-    for (int column = warp; column < last; column += kStorers / 32) {
-      const float bias = tconv_bias(a.bias, channel);
-      output_t* const result = a.result + first;
-      float x[kKept][kPerLane];
+    for (int column = warp; column < last; column += 2 * kStep) {
+      float x[2][kKept][kPerLane];
 #pragma unroll
-      for (int i = 0; i < kKept; ++i)
-        if (kTurns > 2 || x0 + i * kSpan < kPoints)
+      for (int c = 0; c < 2; ++c)
 #pragma unroll
-          for (int e = 0; e < kPerLane; ++e) x[i][e] = kTaps ? from[i * kSpan + e] : 0.f;
+        for (int i = 0; i < kKept; ++i)
+          if (kTurns > 2 || x0 + i * kSpan < kPoints)
 #pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        if (kTurns <= 2 && x0 + i * kSpan >= kPoints) continue;
-        output_t value[kPerLane];
+            for (int e = 0; e < kPerLane; ++e)
+              x[c][i][e] = kTaps && (c == 0 || column + kStep < last) ? from[c * kStep * RG_STAGE_PITCH + i * kSpan + e] : 0.f;
 #pragma unroll
-        for (int e = 0; e < kPerLane; ++e)
-          value[e] = narrow<output_t>(tconv_epilogue<float>(x[i][e] + bias, channel, first + to[i][e], a.operands));
+      for (int c = 0; c < 2; ++c) {
+        if (c == 1 && column + kStep >= last) break;
+        const float bias = tconv_bias(a.bias, channel);
+        output_t* const result = a.result + first;
+#pragma unroll
+        for (int i = 0; i < kKept; ++i) {
+          if (kTurns <= 2 && x0 + i * kSpan >= kPoints) continue;
+          output_t value[kPerLane];
+#pragma unroll
+          for (int e = 0; e < kPerLane; ++e)
+            value[e] =
+                narrow<output_t>(tconv_epilogue<float>(x[c][i][e] + bias, channel, first + to[i][e], a.operands));
 #if RG_WIDE_PAIRS
-        // 16-bit: neighbours of a row leave as one word where the row allows it.
-        if (a.wide_stores && stored[i][0] && stored[i][kPerLane - 1] && to[i][kPerLane - 1] == to[i][0] + 1 &&
-            to[i][0] % 2 == 0) {
-          *reinterpret_cast<unsigned*>(result + to[i][0]) = pack_words(value[0], value[kPerLane - 1]);
-          continue;
-        }
+          // 16-bit: neighbours of a row leave as one word where the row allows it.
+          if (a.wide_stores && stored[i][0] && stored[i][kPerLane - 1] && to[i][kPerLane - 1] == to[i][0] + 1 &&
+              to[i][0] % 2 == 0) {
+            *reinterpret_cast<unsigned*>(result + to[i][0]) = pack_words(value[0], value[kPerLane - 1]);
+            continue;
+          }
 #endif
 #pragma unroll
-        for (int e = 0; e < kPerLane; ++e)
-          if (stored[i][e]) result[to[i][e]] = value[e];
+          for (int e = 0; e < kPerLane; ++e)
+            if (stored[i][e]) result[to[i][e]] = value[e];
+        }
+        channel += kStep;
+        first += kStep * a.result_inner;
       }
-      channel += kStorers / 32;
-      first += kStorers / 32 * a.result_inner;
-      from += kStorers / 32 * RG_STAGE_PITCH;
+      from += 2 * kStep * RG_STAGE_PITCH;
     }
   }
 #endif
@@ -249,22 +300,25 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
 
 __device__ __forceinline__ void loaders_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kLoaders) : "memory"); }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGemmArgs a) {
-  extern __shared__ __align__(128) uint4 shared[];
+extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid_constant__ RingGemmArgs a) {
+  extern __shared__ __align__(1024) uint4 shared[];
   __shared__ Barrier full[RG_STAGES], empty[RG_STAGES];  // positions
   __shared__ Barrier weights_full[RG_WEIGHT_STAGES], weights_empty[RG_WEIGHT_STAGES];
   __shared__ Barrier sums_full[2], sums_empty[2];
-  __shared__ int reaches[kRows];
   uint4* const tiles = shared;
   unsigned* const weights = reinterpret_cast<unsigned*>(shared + RG_STAGES * kStageUnits);
-  float* const sums = reinterpret_cast<float*>(weights + RG_WEIGHT_STAGES * RG_ENTRIES_PER_STAGE * kEntryWords);
+  float* const sums = reinterpret_cast<float*>(weights + RG_WEIGHT_STAGES * kWeightStageWords);
+#if !RG_TENSOR
+  __shared__ int reaches[kRows];
   uint4* const raw = reinterpret_cast<uint4*>(sums + 2 * RG_SUM_WORDS);
   Place* const places = reinterpret_cast<Place*>(raw + kSlots * 8 * kLoaders + (kSlots * kLoaders + 3) / 4);
+#endif
+  // Uniform for the compiler too: what follows from it is worked out once per warp.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < RG_STAGES; ++s) {
-      barrier_init(full + s, kLoaders);
+      barrier_init(full + s, RG_TENSOR ? 1 : kLoaders);
       barrier_init(empty + s, 8);
     }
     for (int s = 0; s < RG_WEIGHT_STAGES; ++s) {
@@ -283,14 +337,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
   __syncthreads();
 
   if (warp < 8) {  // multiply
+    if (RG_TENSOR) take_registers<RG_STORE_GROUPS == 1 ? 160 : 120>();
     const int warpgroup = warp / 4, quad = lane / 4, quarter = lane % 4;
     const bool leader = lane == 0;  // of its warp: a warp knows of its own products only
     float* const stage = sums + warpgroup * RG_SUM_WORDS;
-    const unsigned first_row = operand_word(weights, 1024);
+    const unsigned first_row = operand_word(weights + (RG_ROW_GROUPS == 2 ? warpgroup * kGroupWords : 0), 1024);
     const unsigned first_column =
-        operand_word(tiles + warpgroup * (RG_GROUP_ROWS * RG_JW + RG_GROUP_COLUMNS), kPlane * 16);
+        operand_word(tiles + warpgroup * (RG_GROUP_ROWS * RG_JW + RG_GROUP_COLUMNS) * kPositionUnits,
+                     kPlaneBytes);
     RingPlace<RG_STAGES> at;
     RingPlace<RG_WEIGHT_STAGES> rows_at;
+#if RG_TENSOR
+    const bool by_engine = a.tensor;
+#else
+    constexpr bool by_engine = false;
+#endif
     unsigned sums_parity = 0;
     for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
       const Item item = locate(a, index);
@@ -311,12 +372,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
             barrier_wait(full + at.stage, at.parity);
             // The tensor core reads what other threads stored in the ordinary way. The fence stands here and not with the
             // writers, where it would also wait for the copies that they have under way.
-            fence_shared_for_wgmma();
+            if (!by_engine) fence_shared_for_wgmma();
           }
           const unsigned tile = first_column + at.stage * kStageUnits;
           for (int entry = entry_begin; entry < entry_end; entry += RG_ENTRIES_PER_STAGE) {
-            barrier_wait(weights_full + rows_at.stage, rows_at.parity);
-            const unsigned rows = first_row + rows_at.stage * (RG_ENTRIES_PER_STAGE * kEntryWords / 4);
+            barrier_wait(weights_full + rows_at.stage, RG_WEIGHTS_STAY ? 0 : rows_at.parity);
+            const unsigned rows = first_row + rows_at.stage * (kWeightStageWords / 4);
             wgmma_fence();
 #pragma unroll
             for (int e = 0; e < RG_ENTRIES_PER_STAGE; ++e) {
@@ -324,15 +385,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
                 const unsigned columns = tile + rg_entry_word[entry + e];
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
-                  wgmma_shared(sum, operand_descriptor(rows + (e * kEntryWords + step * 512) / 4),
-                               operand_descriptor(columns + step * 2 * kPlane), accumulate);
+                  wgmma_shared(sum, operand_descriptor(rows + (e * kEntryWords + step * 512) / 4, 8),
+                               operand_descriptor(columns + step * kStepUnits, kColumnsLayout), accumulate);
                   accumulate = 1;
                 }
               }
             }
             wgmma_commit();
             wgmma_wait<1>();  // the products before these have left their stages
-            if (leader && rows_behind >= 0) barrier_arrive(weights_empty + rows_behind);
+            if (!RG_WEIGHTS_STAY && leader && rows_behind >= 0) barrier_arrive(weights_empty + rows_behind);
             if (leader && tile_behind >= 0) barrier_arrive(empty + tile_behind);
             tile_behind = -1;
             rows_behind = rows_at.stage;
@@ -344,16 +405,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
         first_pass = false;
         wgmma_wait<0>();
         if (leader) {
-          barrier_arrive(weights_empty + rows_behind);
+          if (!RG_WEIGHTS_STAY) barrier_arrive(weights_empty + rows_behind);
           if (tile_behind >= 0) barrier_arrive(empty + tile_behind);
         }
-        barrier_wait(sums_empty + warpgroup, sums_parity ^ 1);
-        store_sums(stage, sum, warp % 4, quad, quarter);
-        barrier_arrive(sums_full + warpgroup);
-        sums_parity ^= 1;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          barrier_wait(sums_empty + warpgroup, sums_parity ^ 1);
+          store_sums(stage, sum, part, warp % 4, quad, quarter);
+          barrier_arrive(sums_full + warpgroup);
+          sums_parity ^= 1;
+        }
       }
     }
-  } else if (warp < kWeightWarp) {  // load
+    return;
+  }
+  if (RG_TENSOR) give_registers<RG_STORE_GROUPS == 1 ? 96 : 80>();
+  if (warp < kWeightWarp) {  // load
+#if RG_TENSOR
+    load_tiles(a, tiles, full, empty, lane);
+#else
     const int thread = threadIdx.x - 256;
     for (int row = thread; row < kRows; row += kLoaders) reaches[row] = row_reach(row);
 #if TCONV_CHANNELS_LAST
@@ -373,44 +443,52 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const RingGe
 #endif
     else
       load_tiles<false>(a, places, reaches, raw, tiles, full, empty, thread);
-  } else if (warp > kWeightWarp) {  // store
-    const int storer = (threadIdx.x - 32 * (kWeightWarp + 1)) % kStorers;
+#endif
+  } else if (warp >= kFirstStorer) {  // store
+    const int storer = (threadIdx.x - 32 * kFirstStorer) % kStorers;
     unsigned parity = 0;
     for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
       const Item item = locate(a, index);
       for (int pass = item.pass_begin; pass < item.pass_end; ++pass) {
         const bool taps = rg_entry_begin[pass] < rg_entry_begin[pass + 1];
-        for (int warpgroup = RG_STORE_GROUPS == 2 ? (warp - kWeightWarp - 1) / 4 : 0; warpgroup < 2;
-             warpgroup += RG_STORE_GROUPS) {
-          if (taps) barrier_wait(sums_full + warpgroup, parity);
-          if (taps)
-            store_run<true>(a, item, pass, warpgroup, sums + warpgroup * RG_SUM_WORDS, storer);
-          else
-            store_run<false>(a, item, pass, warpgroup, nullptr, storer);
-          if (taps) barrier_arrive(sums_empty + warpgroup);
+        for (int part = 0; part < kParts; ++part) {
+          for (int warpgroup = RG_STORE_GROUPS == 2 ? (warp - kFirstStorer) / 4 : 0; warpgroup < 2;
+               warpgroup += RG_STORE_GROUPS) {
+            if (taps) barrier_wait(sums_full + warpgroup, parity);
+            if (taps)
+              store_run<true>(a, item, pass, part, warpgroup, sums + warpgroup * RG_SUM_WORDS, storer);
+            else
+              store_run<false>(a, item, pass, part, warpgroup, nullptr, storer);
+            if (taps) barrier_arrive(sums_empty + warpgroup);
+          }
+          if (taps) parity ^= 1;
         }
-        if (taps) parity ^= 1;
       }
     }
-  } else if (lane == 0) {  // weights
+  } else if (warp == kWeightWarp && lane == 0) {  // weights
     RingPlace<RG_WEIGHT_STAGES> at;
     for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
       const Item item = locate(a, index);
-      const unsigned* rows = a.weights + (long long)(item.group * RG_ROW_BLOCKS + item.row_block) *
-                                             (RG_NUM_ENTRIES * RG_CHUNKS * kEntryWords);
+      constexpr long long kBlockWords = RG_NUM_ENTRIES * RG_CHUNKS * kEntryWords;
+      const unsigned* rows = a.weights + (item.group * RG_ROW_BLOCKS + item.row_block) * kBlockWords;
+      // A missing last block is a copy of the one before, whose results are dropped.
+      const long long next = item.row_block + 1 < RG_ROW_BLOCKS ? kBlockWords : 0;
       for (int pass = item.pass_begin; pass < item.pass_end; ++pass) {
         const int entry_begin = rg_entry_begin[pass], count = rg_entry_begin[pass + 1] - entry_begin;
         for (int chunk = 0; chunk < RG_CHUNKS; ++chunk)
           for (int entry = 0; entry < count; entry += RG_ENTRIES_PER_STAGE) {
             const int entries = min(RG_ENTRIES_PER_STAGE, count - entry);
             barrier_wait(weights_empty + at.stage, at.parity ^ 1);
-            barrier_expect(weights_full + at.stage, entries * kEntryWords * 4);
-            copy_bulk(weights + at.stage * (RG_ENTRIES_PER_STAGE * kEntryWords),
-                      rows + (long long)(entry_begin * RG_CHUNKS + chunk * count + entry) * kEntryWords,
-                      entries * kEntryWords * 4, weights_full + at.stage);
+            barrier_expect(weights_full + at.stage, RG_ROW_GROUPS * entries * kEntryWords * 4);
+#pragma unroll
+            for (int r = 0; r < RG_ROW_GROUPS; ++r)
+              copy_bulk(weights + at.stage * kWeightStageWords + r * kGroupWords,
+                        rows + r * next + (long long)(entry_begin * RG_CHUNKS + chunk * count + entry) * kEntryWords,
+                        entries * kEntryWords * 4, weights_full + at.stage);
             at.advance();
           }
       }
+      if (RG_WEIGHTS_STAY) break;  // every item uses the same ones
     }
   }
 }

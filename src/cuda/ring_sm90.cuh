@@ -27,6 +27,20 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, unsigned b
                : "memory");
 }
 
+// A tensor as the copy engine sees it: made by cuTensorMapEncodeTiled, passed as a kernel parameter.
+struct alignas(64) TensorMap {
+  unsigned long long word[16];
+};
+// The box at these coordinates to shared memory (aligned to 1024 bytes for every exchange of units); zeros outside.
+__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int channel, int w, int h, int d, int image,
+                                         Barrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];"
+      ::"r"(shared_address(to)),
+      "l"(&map), "r"(channel), "r"(w), "r"(h), "r"(d), "r"(image), "r"(shared_address(barrier))
+      : "memory");
+}
+
 template <int kStages>
 struct RingPlace {
   int stage = 0;

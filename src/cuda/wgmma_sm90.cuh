@@ -14,12 +14,15 @@ __device__ __forceinline__ unsigned long long columns_descriptor(const void* fir
   return address | (static_cast<unsigned long long>((plane_bytes >> 4) & 0x3fff) << 16) |
          (static_cast<unsigned long long>(128 >> 4) << 32);
 }
-// The same in halves: the low word holds the address in 16-byte units, so a neighbouring operand is an addition away.
+// The same in halves: the low word holds the address in 16-byte units, so a neighbouring operand is an addition away. The
+// high word is the distance of 8 rows or columns in such units, and in its top bits the exchange of units: 1, 2, 3 where
+// the copy engine laid 128, 64 or 32 bytes of k side by side; plane_bytes then has no meaning. The exchange follows the
+// bits of the address, so here too any row or column is a legal start.
 __device__ __forceinline__ unsigned operand_word(const void* first, unsigned plane_bytes) {
   return shared_address(first) >> 4 | plane_bytes >> 4 << 16;
 }
-__device__ __forceinline__ unsigned long long operand_descriptor(unsigned word) {
-  return static_cast<unsigned long long>(128 >> 4) << 32 | word;
+__device__ __forceinline__ unsigned long long operand_descriptor(unsigned low, unsigned high) {
+  return static_cast<unsigned long long>(high) << 32 | low;
 }
 // Orders register writes (sums, row fragments) before the products that read them.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
