@@ -142,21 +142,20 @@ inline void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long 
 // Boxes of a tensor; a map of the device holds the address of one of these.
 struct EmulatedTensor {
   const unsigned char* first;
-  int element_bytes, row_bytes;
+  int element_bytes, exchange_bytes;
   long long size[5], stride[4];  // elements; bytes from the second dimension on
   int box[5], step[5];           // box: elements copied along a side
 };
 inline void emulated_copy_box(void* to, const EmulatedTensor& from, const long long (&at)[5],
                               unsigned long long* barrier) {
-  auto* const bytes = static_cast<unsigned char*>(to);
-  if (shared_address(to) % 1024 != 0 && from.row_bytes == 128) emulated_failure("alignment of a box");
-  if (shared_address(to) % 128 != 0) emulated_failure("alignment of a box");
+  if (shared_address(to) % (from.exchange_bytes == 128 ? 1024 : 128) != 0) emulated_failure("alignment of a box");
+  const int row_bytes = from.box[0] * from.element_bytes;
   long long row = 0;
   for (int d = 0; d < from.box[3]; ++d)
     for (int h = 0; h < from.box[2]; ++h)
       for (int w = 0; w < from.box[1]; ++w, ++row)
         for (int c = 0; c < from.box[0]; ++c) {
-          const long long x[5] = {at[0] + c, at[1] + w * from.step[1], at[2] + h * from.step[2],
+          const long long x[5] = {at[0] + c * from.step[0], at[1] + w * from.step[1], at[2] + h * from.step[2],
                                   at[3] + d * from.step[3], at[4]};
           bool inside = true;
           long long offset = x[0] * from.element_bytes;
@@ -164,19 +163,20 @@ inline void emulated_copy_box(void* to, const EmulatedTensor& from, const long l
             inside = inside && x[dim] >= 0 && x[dim] < from.size[dim];
             if (dim > 0) offset += x[dim] * from.stride[dim - 1];
           }
-          const unsigned flat = shared_address(bytes) + static_cast<unsigned>(row * from.row_bytes + c * from.element_bytes);
-          const unsigned address = flat ^ (flat >> 7 & (from.row_bytes / 16 - 1)) << 4;
+          const unsigned flat = shared_address(to) + static_cast<unsigned>(row * row_bytes + c * from.element_bytes);
+          const unsigned address =
+              from.exchange_bytes == 0 ? flat : flat ^ (flat >> 7 & (from.exchange_bytes / 16 - 1)) << 4;
           if (inside)
             std::memcpy(emulated_memory + address, from.first + offset, from.element_bytes);
           else
             std::memset(emulated_memory + address, 0, from.element_bytes);
         }
-  emulated_arrive(barrier, 0, -row * from.row_bytes);
+  emulated_arrive(barrier, 0, -row * row_bytes);
 }
 
 template <typename Map>
-void copy_box(void* to, const Map& map, int channel, int w, int h, int d, int image, unsigned long long* barrier) {
-  emulated_copy_box(to, *reinterpret_cast<const EmulatedTensor*>(map.word[0]), {channel, w, h, d, image}, barrier);
+void copy_box(void* to, const Map& map, int x0, int x1, int x2, int x3, int x4, unsigned long long* barrier) {
+  emulated_copy_box(to, *reinterpret_cast<const EmulatedTensor*>(map.word[0]), {x0, x1, x2, x3, x4}, barrier);
 }
 
 // cp.async
@@ -284,6 +284,19 @@ void wgmma_wait() {
   for (; static_cast<int>(emulated_product_groups.size()) > kPending; emulated_product_groups.pop_front())
     for (const auto& product : emulated_product_groups.front()) product();
   emulated_warps[threadIdx.x / 32]->arrive_and_wait();
+}
+// Four 8 x 8 matrices of 16-bit elements per warp, turned; each lane names a row of both.
+static const void* emulated_rows[32][32];
+inline void turn_matrices(const void* from, void* to) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (shared_address(from) % 16 != 0 || shared_address(to) % 16 != 0) emulated_failure("alignment of a matrix");
+  emulated_rows[warp][lane] = from;
+  emulated_warps[warp]->arrive_and_wait();
+  unsigned short column[8];
+  for (int row = 0; row < 8; ++row)
+    std::memcpy(column + row, static_cast<const char*>(emulated_rows[warp][lane / 8 * 8 + row]) + lane % 8 * 2, 2);
+  emulated_warps[warp]->arrive_and_wait();
+  std::memcpy(to, column, 16);
 }
 inline void __syncwarp() { emulated_warps[threadIdx.x / 32]->arrive_and_wait(); }
 inline void __syncthreads() { emulated_block->arrive_and_wait(); }

@@ -59,7 +59,7 @@ std::string on_host(std::string text) {
   for (const char* name :
        {"shared_address", "barrier_init", "barrier_init_done", "barrier_arrive", "barrier_expect", "barrier_wait",
         "copy_bulk", "copy_box", "copy_async", "copy_async_commit", "copy_async_wait", "wgmma_fence", "wgmma_commit", "wgmma_wait",
-        "fence_shared_for_wgmma", "loaders_barrier", "to_tf32", "nearest", "wgmma_shared"}) {
+        "fence_shared_for_wgmma", "loaders_barrier", "to_tf32", "nearest", "wgmma_shared", "turn_matrices"}) {
     const std::string call = ' ' + std::string(name) + '(';
     for (std::size_t at = 0; (at = text.find(call, at)) != std::string::npos; ++at) {
       std::size_t begin = text.rfind('\n', at) + 1;
@@ -173,6 +173,12 @@ INSTANTIATE_TEST_SUITE_P(Cases, Emulation,
                                          Case{"1d c64>32 i200 t16 s8 p4 f16", ""},
                                          Case{"2d c56>1 i12x16 t9x9 s4 p4 op3 tf32", "256x120x8,s7,w20"},
                                          Case{"2d b2 g2 c32>16 i16x20 t3x3 tf32", ""},
+                                         // rows by the copy engine, turned by the warps
+                                         Case{"2d c64>72 i16x40 t3x3 f16", "64x120x32,s3,w20"},
+                                         Case{"2d b2 c24>40 i15x24 t3x3 s2 p1 op1 bf16 grad_input", "64x64x16,s7,w20"},
+                                         Case{"3d c32>32 i4x8x12 t3x3x3 s2 p1 op1 grad_input tf32", "64x32x8,s7,w20"},
+                                         Case{"2d b2 g2 c64>32 i16x20 t3x3 tf32 | bias", "64x64x32,s3,w20"},
+                                         Case{"1d b5 c64>64 i64 t5 d2 tf32", "64x120x16,s3,w20"},
                                          // two row blocks at the same positions; the last one alone
                                          Case{"2d c32>160 i9x20 t3x3 tf32 | bias", "64x120x16,s3,w20,k2"},
                                          // the copy engine: as the tensor is, from a copy, gathered, stepped, in parts

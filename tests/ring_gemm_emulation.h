@@ -104,6 +104,19 @@ int main() {
   a.tensor_images = RG_PACK_SOURCE && !images ? TCONV_GROUPS : 1;
   a.map.word[0] = reinterpret_cast<std::uintptr_t>(&tensor);
 #endif
+#if RG_ROWS
+  const long long size = sizeof(storage_t);
+  EmulatedTensor tensor{reinterpret_cast<const unsigned char*>(x.first),
+                        sizeof(storage_t),
+                        0,
+                        {source[2], images ? batch : source[1], source[0], source_channels, images ? 1 : batch},
+                        {a.source_row * size, a.source_slab * size, a.source_inner * size, a.source_image * size},
+                        {static_cast<int>(RG_RAW_WIDE * 16 / size), RG_RAW_ROWS, 1, static_cast<int>(RG_KC * 4 / size), 1},
+                        {RG_SRC_W, RG_SRC_H, 1, 1, 1}};
+  a.tensor = reinterpret_cast<std::uintptr_t>(x.first) % 16 == 0 && source[2] * size % 16 == 0 &&
+             (TCONV_GROUPS == 1 || RG_K * size % (RG_KC * 4) == 0);
+  a.map.word[0] = reinterpret_cast<std::uintptr_t>(&tensor);
+#endif
   const auto from = reinterpret_cast<std::uintptr_t>(x.first), to = reinterpret_cast<std::uintptr_t>(y.first);
   a.vector_loads = last ? from % 16 == 0 && RG_K % kUnit == 0 : source_plane % 4 == 0;
   a.wide_stores =

@@ -1,6 +1,6 @@
 // ring_gemm_load_sm90.cuh — how the loading warps of ring_gemm_sm90 stage a tile; needs what stands before its include there.
 //
-// contiguous      pieces of one unit of channels at twice 4 neighbouring columns, turned on the way ("vector"), or, where
+// contiguous      see ring_gemm_rows_sm90.cuh; tensors that the copy engine cannot take: pieces of one unit of channels at twice 4 neighbouring columns, turned on the way ("vector"), or, where
 //                 planes have odd sizes, at single positions ("gathered")
 // channels_last   pieces of one unit of channels at 8 positions; 16-bit ones are copied straight to the tile
 // SPDX-License-Identifier: Apache-2.0
@@ -46,6 +46,7 @@ struct Cursor {
   int load, loads, round;
   int d0, h0, w0, channel;  // of the tile's first position; first channel of the chunk
   const storage_t* origin;  // element of that position and channel; may lie outside the tensor
+  int image, first_channel;  // of the item, for boxes
   const storage_t* unit;    // contiguous: of the thread's unit of channels, which is that of all its vector pieces
   bool valid, interior;     // interior: nothing that is staged or read along with it lies outside its row
 
@@ -56,6 +57,7 @@ struct Cursor {
       loads = loads_of(at);
       if (loads == 0) continue;
       d0 = at.q_d * RG_SRC_D, h0 = at.q_h * RG_SRC_H, w0 = at.q_w * RG_SRC_W;
+      image = static_cast<int>(at.b), first_channel = at.group * RG_K;
       origin = a.source + at.b * a.source_image + d0 * a.source_slab + h0 * a.source_row;
       origin += TCONV_CHANNELS_LAST ? w0 * a.source_inner + (long long)at.group * RG_K
                                     : w0 + (long long)at.group * RG_K * a.source_inner;

@@ -40,6 +40,7 @@ constexpr int kMaxStages = 4;     // of positions
 constexpr int kWeightStageBytes = 8192;  // of one row block
 constexpr int kLeastWeightStages = 3, kMostWeightStages = 8, kMostStayingStages = 40;
 constexpr int kMostElementStride = 8;  // of the copy engine
+constexpr int64_t kRawBoxBytes = 9216, kRawBytes = 25600, kMostRawSlots = 6;  // rows under way, see ring_gemm_rows_sm90.cuh
 constexpr int64_t kMostBox = 256;      // positions along a side
 constexpr std::size_t kMostPackedBytes = std::size_t{256} << 20;  // of a copy of the source
 constexpr int64_t kMostElements = int64_t{1} << 31;  // offsets within an image are 32-bit
@@ -78,6 +79,8 @@ struct Geometry {
   int row_groups = 1;  // row blocks side by side in the warpgroups
   bool tensor = false, packed = false;  // the copy engine stages tiles; from a packed copy of the source
   int box = 0;                          // positions of a box, rounded up to 8
+  bool rows = false;  // the copy engine brings rows of channels, which the loading warps turn
+  int raw_wide = 0, raw_rows = 0, raw_slots = 0;  // of a box of them: units, rows; places
   int slots = 0, stages = 0, entries_per_stage = 1, stage_pitch = 0, sum_words = 0;
   int weight_stages = 0, part = 8;  // part: columns of the sums that are handed over at once
   bool weights_stay = false;
@@ -298,7 +301,18 @@ bool lay_out(const Problem& problem, const Device& device, const Config& config,
     // Copies under way: about 20 KiB hide the latency of memory; 16-bit channels_last goes straight to the stages.
     g.slots = config.stages == 7 || (problem.layout == Layout::channels_last && size_of(problem.dtype) == 2) ? 1 : 2;
     const int64_t place_bytes = 8 * std::max<int64_t>(positions, rows * ceil_div(ceil_div(g.span + 3, 4), 2));
-    fixed = 4 * rows + g.slots * int64_t{132} * 32 * config.stages + place_bytes + 16;
+    fixed = g.slots * int64_t{132} * 32 * config.stages + place_bytes + 16;
+    if (g.rows) {
+      const int64_t unit = 16 / static_cast<int64_t>(size_of(problem.dtype));
+      g.raw_wide = static_cast<int>(ceil_div(g.staged[2].length, unit) | 1);
+      const int64_t row_bytes = int64_t{config.block_k / 4} * unit * g.raw_wide * 16;
+      g.raw_rows = static_cast<int>(std::clamp<int64_t>((kRawBoxBytes / row_bytes - 1) | 1, 1, (g.staged[1].length - 1) | 1));
+      g.raw_slots = static_cast<int>(std::clamp<int64_t>(kRawBytes / (row_bytes * g.raw_rows), 2, kMostRawSlots));
+      const int64_t wide = (g.raw_wide * unit - 1) * g.source_step[2] + 1;
+      if (wide > kMostBox || (g.raw_rows - 1) * g.source_step[1] + 1 > kMostBox) return false;
+      fixed = std::max(fixed, g.raw_slots * row_bytes * g.raw_rows + 16);
+    }
+    fixed += 4 * rows + 128;  // the place of the boxes is aligned
   }
   const int64_t weight_stage = int64_t{g.entries_per_stage} * config.block_k * 256 * g.row_groups;
   int64_t all_weights = 0;  // stages
@@ -391,6 +405,8 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
     if (g.source_step[1] > kMostElementStride || g.source_step[2] > kMostElementStride)
       return refuse("steps of the source are over " + std::to_string(kMostElementStride));
   }
+  g.rows = !g.tensor && problem.layout == Layout::contiguous && g.source_step[1] <= kMostElementStride &&
+           g.source_step[2] <= kMostElementStride;
   g.entries_per_stage = std::clamp(kWeightStageBytes / (config.block_k * 256), 1, g.most_entries);
   g.staged[0] = columns_of(1, g.source_step[0], g.offset[0]);
   double best = std::numeric_limits<double>::max();
@@ -555,6 +571,10 @@ std::vector<Unit> units(const Step& step) {
   define("RG_RESIDENT", g.resident ? 1 : 0);
   define("RG_TENSOR", g.tensor ? 1 : 0);
   define("RG_BOX", g.box);
+  define("RG_ROWS", g.rows ? 1 : 0);
+  define("RG_RAW_WIDE", g.raw_wide);
+  define("RG_RAW_ROWS", g.raw_rows);
+  define("RG_RAW_SLOTS", g.raw_slots);
   define("RG_ROW_GROUPS", g.row_groups);
   define("RG_PART", g.part);
   define("RG_WEIGHT_STAGES", g.weight_stages);
@@ -640,7 +660,7 @@ TensorView view_of(const Problem& problem, const Config& config, const Geometry&
   TensorView view;
   view.first = first;
   view.element_bytes = size;
-  view.row_bytes = config.block_k * 4;
+  view.exchange_bytes = config.block_k * 4;
   const int64_t channels = g.packed ? int64_t{g.chunks} * config.block_k * 4 / size : int64_t{g.k} * problem.groups;
   view.size[0] = channels;
   for (int dim = 0; dim < 3; ++dim) view.size[1 + dim] = g.source_size[2 - dim];
@@ -660,6 +680,24 @@ TensorView view_of(const Problem& problem, const Config& config, const Geometry&
   view.step[1] = g.source_step[2], view.step[2] = g.source_step[1];
   view.box[1] = (g.staged[2].length - 1) * view.step[1] + 1;
   view.box[2] = (g.staged[1].length - 1) * view.step[2] + 1;
+  return view;
+}
+
+// Rows of a contiguous tensor, for a chunk of channels.
+TensorView rows_of(const Problem& problem, const Config& config, const Geometry& g, const void* first,
+                   const long long (&stride)[4]) {
+  const int size = static_cast<int>(size_of(problem.dtype)), unit = 16 / size;
+  TensorView view;
+  view.first = first;
+  view.element_bytes = size;
+  const int64_t sizes[5] = {g.source_size[2], g.source_size[1], g.source_size[0], int64_t{g.k} * problem.groups, g.batch};
+  std::copy(sizes, sizes + 5, view.size);
+  const int64_t strides[4] = {stride[2], stride[1], stride[3], stride[0]};
+  for (int i = 0; i < 4; ++i) view.stride[i] = strides[i] * size;
+  view.step[0] = g.source_step[2], view.step[1] = g.source_step[1];
+  view.box[0] = (g.raw_wide * unit - 1) * view.step[0] + 1;
+  view.box[1] = (g.raw_rows - 1) * view.step[1] + 1;
+  view.box[3] = config.block_k / 4 * unit;
   return view;
 }
 
@@ -743,6 +781,10 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     args.tensor_images = g.packed && !g.rows_are_images ? static_cast<int>(problem.groups) : 1;
     args.tensor_groups = g.packed ? 1 : 0;
     args.map = tensor_map(view_of(problem, step.config, g, first, args.source_stride));
+  } else if (g.rows && address % 16 == 0 && g.source_size[2] * static_cast<int64_t>(size_of(problem.dtype)) % 16 == 0 &&
+             (problem.groups == 1 || g.words % step.config.block_k == 0) && has_tensor_maps()) {
+    args.tensor = 1;
+    args.map = tensor_map(rows_of(problem, step.config, g, args.source, args.source_stride));
   }
   void* pointers[] = {&args};
   launch(*ready.functions[0], {static_cast<unsigned>(std::min<int64_t>(ready.items, step.device.multiprocessors))},

@@ -70,7 +70,7 @@ struct RingGemmArgs {
   int vector_loads;  // contiguous: planes are multiples of 4 elements; channels_last: 16-byte units are aligned
   int wide_stores;  // contiguous: 16-bit rows start on 4-byte boundaries; channels_last: 16 bytes of results are aligned
   Operands operands;
-#if RG_TENSOR
+#if RG_TENSOR || RG_ROWS
   int tensor;  // the map describes the source; otherwise its elements are gathered
   int tensor_channels, tensor_images, tensor_groups;  // coordinates: channel per group; image per image and per group
   TensorMap map;
@@ -117,7 +117,11 @@ __device__ __forceinline__ int loads_of(const Item& item) {
 #if RG_TENSOR
 #include "ring_gemm_tensor_sm90.cuh"
 #else
+__device__ __forceinline__ void loaders_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kLoaders) : "memory"); }
 #include "ring_gemm_load_sm90.cuh"
+#if RG_ROWS
+#include "ring_gemm_rows_sm90.cuh"
+#endif
 #endif
 
 // -------------------------------------------------------------------------------------------------------- 3 multiply
@@ -298,8 +302,6 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
 
 // --------------------------------------------------------------------------------------------------------- the block
 
-__device__ __forceinline__ void loaders_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kLoaders) : "memory"); }
-
 extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid_constant__ RingGemmArgs a) {
   extern __shared__ __align__(1024) uint4 shared[];
   __shared__ Barrier full[RG_STAGES], empty[RG_STAGES];  // positions
@@ -308,9 +310,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
   uint4* const tiles = shared;
   unsigned* const weights = reinterpret_cast<unsigned*>(shared + RG_STAGES * kStageUnits);
   float* const sums = reinterpret_cast<float*>(weights + RG_WEIGHT_STAGES * kWeightStageWords);
+#if RG_ROWS
+  __shared__ Barrier arrived[RG_RAW_SLOTS];  // boxes
+#endif
 #if !RG_TENSOR
   __shared__ int reaches[kRows];
-  uint4* const raw = reinterpret_cast<uint4*>(sums + 2 * RG_SUM_WORDS);
+  // On a 128-byte boundary, for boxes; pieces and their places, or boxes.
+  uint4* const raw = shared + (RG_STAGES * kStageUnits + (RG_WEIGHT_STAGES * kWeightStageWords + 2 * RG_SUM_WORDS + 3) / 4 +
+                               7) / 8 * 8;
   Place* const places = reinterpret_cast<Place*>(raw + kSlots * 8 * kLoaders + (kSlots * kLoaders + 3) / 4);
 #endif
   // Uniform for the compiler too: what follows from it is worked out once per warp.
@@ -325,6 +332,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
       barrier_init(weights_full + s, 1);
       barrier_init(weights_empty + s, 8);
     }
+#if RG_ROWS
+    for (int s = 0; s < RG_RAW_SLOTS; ++s) barrier_init(arrived + s, 1);
+#endif
     for (int w = 0; w < 2; ++w) {
       barrier_init(sums_full + w, 128);
       barrier_init(sums_empty + w, 128);
@@ -425,6 +435,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
     load_tiles(a, tiles, full, empty, lane);
 #else
     const int thread = threadIdx.x - 256;
+#if RG_ROWS
+    if (a.tensor) {
+      load_rows(a, raw, tiles, arrived, full, empty, thread);
+      return;
+    }
+#endif
     for (int row = thread; row < kRows; row += kLoaders) reaches[row] = row_reach(row);
 #if TCONV_CHANNELS_LAST
     for (int p = thread; p < kPositions; p += kLoaders) places[p] = position_place(a, p);

@@ -31,13 +31,14 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, unsigned b
 struct alignas(64) TensorMap {
   unsigned long long word[16];
 };
-// The box at these coordinates to shared memory (aligned to 1024 bytes for every exchange of units); zeros outside.
-__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int channel, int w, int h, int d, int image,
+// The box at these coordinates, innermost first, to shared memory (aligned to 128 bytes, or 1024 for an exchange of
+// units); zeros outside.
+__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int x0, int x1, int x2, int x3, int x4,
                                          Barrier* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];"
       ::"r"(shared_address(to)),
-      "l"(&map), "r"(channel), "r"(w), "r"(h), "r"(d), "r"(image), "r"(shared_address(barrier))
+      "l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(shared_address(barrier))
       : "memory");
 }
 

@@ -24,9 +24,10 @@ TensorMap tensor_map(const TensorView& view) {
   TensorMap map;
   check(libcuda().tensor_map(&map, view.element_bytes == 2 ? kBits16 : kBits32, kRank, const_cast<void*>(view.first),
                              size, stride, box, step, 0,
-                             view.row_bytes == 128  ? 3
-                             : view.row_bytes == 64 ? 2
-                                                    : 1,
+                             view.exchange_bytes == 128  ? 3
+                             : view.exchange_bytes == 64 ? 2
+                             : view.exchange_bytes == 32 ? 1
+                                                         : 0,
                              kPromote128, 0),
         "cuTensorMapEncodeTiled");
   return map;
