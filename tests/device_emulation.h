@@ -149,6 +149,7 @@ struct EmulatedTensor {
 inline void emulated_copy_box(void* to, const EmulatedTensor& from, const long long (&at)[5],
                               unsigned long long* barrier) {
   if (shared_address(to) % (from.exchange_bytes == 128 ? 1024 : 128) != 0) emulated_failure("alignment of a box");
+  if (at[0] * from.element_bytes % 16 != 0) emulated_failure("a box that does not start on 16 bytes");
   const int row_bytes = from.box[0] * from.element_bytes;
   long long row = 0;
   for (int d = 0; d < from.box[3]; ++d)
@@ -297,6 +298,10 @@ inline void turn_matrices(const void* from, void* to) {
     std::memcpy(column + row, static_cast<const char*>(emulated_rows[warp][lane / 8 * 8 + row]) + lane % 8 * 2, 2);
   emulated_warps[warp]->arrive_and_wait();
   std::memcpy(to, column, 16);
+}
+inline void store_16(void* to, uint4 x) {
+  if (reinterpret_cast<std::uintptr_t>(to) % 16 != 0) emulated_failure("alignment of a store");
+  std::memcpy(to, &x, 16);
 }
 inline void __syncwarp() { emulated_warps[threadIdx.x / 32]->arrive_and_wait(); }
 inline void __syncthreads() { emulated_block->arrive_and_wait(); }

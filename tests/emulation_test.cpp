@@ -59,7 +59,7 @@ std::string on_host(std::string text) {
   for (const char* name :
        {"shared_address", "barrier_init", "barrier_init_done", "barrier_arrive", "barrier_expect", "barrier_wait",
         "copy_bulk", "copy_box", "copy_async", "copy_async_commit", "copy_async_wait", "wgmma_fence", "wgmma_commit", "wgmma_wait",
-        "fence_shared_for_wgmma", "loaders_barrier", "to_tf32", "nearest", "wgmma_shared", "turn_matrices"}) {
+        "fence_shared_for_wgmma", "loaders_barrier", "to_tf32", "nearest", "wgmma_shared", "turn_matrices", "store_16"}) {
     const std::string call = ' ' + std::string(name) + '(';
     for (std::size_t at = 0; (at = text.find(call, at)) != std::string::npos; ++at) {
       std::size_t begin = text.rfind('\n', at) + 1;

@@ -63,3 +63,58 @@ template <typename S, int count>
 struct alignas(sizeof(S) * count < 16 ? sizeof(S) * count : 16) Pack {
   S item[count];
 };
+// 16 bytes to global memory as one access. Where the same elements are also stored one by one on another path, the
+// compiler takes a vector apart to share stores between the paths; assembly it leaves whole.
+__device__ __forceinline__ void store_16(void* to, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+template <typename S, int count>
+__device__ __forceinline__ void words_of(unsigned* word, const S (&item)[count]) {
+#pragma unroll
+  for (int i = 0; i < count * static_cast<int>(sizeof(S)) / 4; ++i) {
+    if constexpr (sizeof(S) == 2)
+      word[i] = item[2 * i].bits | static_cast<unsigned>(item[2 * i + 1].bits) << 16;
+    else
+      word[i] = __float_as_uint(item[i]);
+  }
+}
+// 16 bytes of 16-bit or fp32 elements.
+template <typename S, int count>
+__device__ __forceinline__ uint4 unit_of(const S (&item)[count]) {
+  static_assert(sizeof(S) * count == 16 && sizeof(S) <= 4);
+  unsigned word[4];
+  words_of(word, item);
+  return make_uint4(word[0], word[1], word[2], word[3]);
+}
+// As few accesses as the size allows. A Pack of 16-bit types that is assigned as a whole becomes one per element, so these
+// go by words.
+template <typename S, int count>
+__device__ __forceinline__ void store_pack(S* to, const S (&item)[count]) {
+  if constexpr (sizeof(S) == 2 && count == 2) {
+    words_of(reinterpret_cast<unsigned*>(to), item);
+  } else if constexpr (sizeof(S) == 2 && count == 4) {
+    unsigned word[2];
+    words_of(word, item);
+    *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1]);
+  } else if constexpr (sizeof(S) == 2 && count == 8) {
+    store_16(to, unit_of(item));
+  } else {
+    Pack<S, count> pack;
+#pragma unroll
+    for (int i = 0; i < count; ++i) pack.item[i] = item[i];
+    *reinterpret_cast<Pack<S, count>*>(to) = pack;
+  }
+}
+template <typename S, int count>
+__device__ __forceinline__ void load_pack(S (&item)[count], const S* from) {
+  if constexpr (sizeof(S) == 2 && (count == 2 || count == 4 || count == 8)) {
+    const auto words = *reinterpret_cast<const Pack<unsigned, count / 2>*>(from);
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+      item[i].bits = static_cast<unsigned short>(words.item[i / 2] >> (i % 2 * 16));
+  } else {
+    const auto pack = *reinterpret_cast<const Pack<S, count>*>(from);
+#pragma unroll
+    for (int i = 0; i < count; ++i) item[i] = pack.item[i];
+  }
+}

@@ -182,12 +182,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
           } else {
             if (kPackable && a.packed) {
               if (y < rows) {
-                Pack<output_t, kPackable ? kPhases[2] : 1> pack;
+                output_t pack[kPackable ? kPhases[2] : 1];
 #pragma unroll
                 for (int r = 0; r < (kPackable ? kPhases[2] : 1); ++r) {
-                  pack.item[r] = value_at(sum[index + r], n, element + offset_row + r);
+                  pack[r] = value_at(sum[index + r], n, element + offset_row + r);
                 }
-                *reinterpret_cast<Pack<output_t, kPackable ? kPhases[2] : 1>*>(result + element + offset_row) = pack;
+                store_pack(result + element + offset_row, pack);
               }
             } else {
               __syncwarp();

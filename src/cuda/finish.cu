@@ -118,9 +118,10 @@ struct Walk {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (kPack > 1 && a.packed && exists(a, base, u, 0) && exists(a, base, u, kPack - 1)) {
-        const auto pack = *reinterpret_cast<const Pack<S, kPack>*>(pointer + element(a, base, u, 0));
+        S pack[kPack];
+        load_pack(pack, pointer + element(a, base, u, 0));
 #pragma unroll
-        for (int j = 0; j < kPack; ++j) item[u * kPack + j] = pack.item[j];
+        for (int j = 0; j < kPack; ++j) item[u * kPack + j] = pack[j];
       } else {
 #pragma unroll
         for (int j = 0; j < kPack; ++j) {
@@ -136,10 +137,10 @@ struct Walk {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (kPack > 1 && a.packed && exists(a, base, u, 0) && exists(a, base, u, kPack - 1)) {
-        Pack<S, kPack> pack;
+        S pack[kPack];
 #pragma unroll
-        for (int j = 0; j < kPack; ++j) pack.item[j] = item[u * kPack + j];
-        *reinterpret_cast<Pack<S, kPack>*>(pointer + element(a, base, u, 0)) = pack;
+        for (int j = 0; j < kPack; ++j) pack[j] = item[u * kPack + j];
+        store_pack(pointer + element(a, base, u, 0), pack);
       } else {
 #pragma unroll
         for (int j = 0; j < kPack; ++j) {

@@ -40,15 +40,15 @@ __device__ __forceinline__ void pack_source(const SourcePack& a, unsigned first,
       const storage_t* from = a.source + b * a.image +
                               (TCONV_CHANNELS_LAST ? (p0 + p) * a.inner + group * RG_K + k
                                                    : (group * RG_K + k) * a.inner + p0 + p);
-      Pack<storage_t, kPerUnit> unit;
+      storage_t unit[kPerUnit];
 #pragma unroll
       for (int e = 0; e < kPerUnit; ++e) {
-        unit.item[e] = p0 + p < a.plane && k + e < RG_K ? from[e * (TCONV_CHANNELS_LAST ? 1 : a.inner)] : storage_t();
+        unit[e] = p0 + p < a.plane && k + e < RG_K ? from[e * (TCONV_CHANNELS_LAST ? 1 : a.inner)] : storage_t();
 #if TCONV_DTYPE_f32
-        unit.item[e] = __uint_as_float(to_tf32(unit.item[e]));
+        unit[e] = __uint_as_float(to_tf32(unit[e]));
 #endif
       }
-      *reinterpret_cast<Pack<storage_t, kPerUnit>*>(&turned[p][u]) = unit;
+      turned[p][u] = unit_of(unit);
     }
     __syncthreads();
     uint4* const to = a.packed + ((b * TCONV_GROUPS + group) * a.plane + p0) * (RG_CHUNKS * kUnits) + chunk * kUnits;

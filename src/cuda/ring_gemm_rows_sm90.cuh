@@ -2,7 +2,8 @@
 // bytes: the copy engine brings rows of a chunk of channels, the warps turn them into units of channels.
 //
 // A box is RG_RAW_ROWS rows of RG_RAW_WIDE 16-byte units for every channel of the chunk, zeros outside the tensor, in one
-// of RG_RAW_SLOTS places. Both numbers are odd, so that the same units of 8 neighbouring channels lie in different banks.
+// of RG_RAW_SLOTS places. It starts on a 16-byte boundary of its row (the engine refuses others), up to 3 fp32 or 7 16-bit
+// columns early. Both numbers are odd, so that the same units of 8 neighbouring channels lie in different banks.
 // fp32 values are rounded on the way; 16-bit ones turn 8 channels x 8 columns by ldmatrix and stmatrix.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -12,9 +13,10 @@ constexpr int kRawBoxes = RG_NPW * kRowsD * RG_NPH * kRowChunks;
 constexpr int kChunkChannels = kUnits * kPerUnit;
 constexpr int kRawPitch = RG_RAW_ROWS * RG_RAW_WIDE;  // units between channels
 constexpr int kRawUnits = kChunkChannels * kRawPitch;
+constexpr int kColumnsOfUnit = kPerUnit;
 
 #if TCONV_DTYPE_f32
-__device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4*, int rows, int thread) {
+__device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4*, int rows, int early, int thread) {
   // 8 lanes that store together: neighbouring planes and every fourth position, all in different banks.
   constexpr int kAcross = kUnits < 4 ? kUnits : 4, kAlong = 8 / kAcross;
   constexpr int kGroups = (RG_RAW_WIDE + kAlong - 1) / kAlong;
@@ -26,11 +28,12 @@ __device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4*, 
     if (g >= RG_RAW_WIDE) continue;
     const uint4* from = raw + u * 4 * kRawPitch + row * RG_RAW_WIDE + g;
     const uint4 a = from[0], b = from[kRawPitch], c = from[2 * kRawPitch], d = from[3 * kRawPitch];
-    uint4* to = tile + u * kPlane + row * RG_JW + 4 * g;
-    if (4 * g < RG_JW) to[0] = rounded(a.x, b.x, c.x, d.x);
-    if (4 * g + 1 < RG_JW) to[1] = rounded(a.y, b.y, c.y, d.y);
-    if (4 * g + 2 < RG_JW) to[2] = rounded(a.z, b.z, c.z, d.z);
-    if (4 * g + 3 < RG_JW) to[3] = rounded(a.w, b.w, c.w, d.w);
+    const int column = 4 * g - early;
+    uint4* to = tile + u * kPlane + row * RG_JW + column;
+    if ((unsigned)column < RG_JW) to[0] = rounded(a.x, b.x, c.x, d.x);
+    if ((unsigned)(column + 1) < RG_JW) to[1] = rounded(a.y, b.y, c.y, d.y);
+    if ((unsigned)(column + 2) < RG_JW) to[2] = rounded(a.z, b.z, c.z, d.z);
+    if ((unsigned)(column + 3) < RG_JW) to[3] = rounded(a.w, b.w, c.w, d.w);
   }
 }
 #else
@@ -45,15 +48,16 @@ __device__ __forceinline__ void turn_matrices(const void* from, void* to) {
                "r"(b), "r"(c), "r"(d)
                : "memory");
 }
-__device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4* nowhere, int rows, int thread) {
+__device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4* nowhere, int rows, int early,
+                                         int thread) {
   const int count = rows * RG_RAW_WIDE * kUnits, row = thread % 8;
 #pragma unroll 2
   for (int first = thread / 32 * 4; first < count; first += kLoaders / 8) {
     const int i = first + thread % 32 / 8, u = i % kUnits, g = i / kUnits % RG_RAW_WIDE, h = i / (kUnits * RG_RAW_WIDE);
     const bool exists = i < count;
-    const int column = g * 8 + row;
+    const int column = g * 8 + row - early;
     turn_matrices(exists ? raw + (u * 8 + row) * kRawPitch + h * RG_RAW_WIDE + g : raw,
-                  exists && column < RG_JW ? tile + u * kPlane + h * RG_JW + column : nowhere);
+                  exists && (unsigned)column < RG_JW ? tile + u * kPlane + h * RG_JW + column : nowhere);
   }
 }
 #endif
@@ -71,7 +75,7 @@ __device__ __forceinline__ void load_rows(const RingGemmArgs& a, uint4* raw, uin
     const int box = ahead.round, chunk = box % kRowChunks, ph = box / kRowChunks % RG_NPH;
     const int d_row = box / (kRowChunks * RG_NPH) % kRowsD, pw = box / (kRowChunks * RG_NPH * kRowsD);
     barrier_expect(arrived + slot, kRawUnits * 16);
-    copy_box(raw + slot * kRawUnits, a.map, ahead.w0 + rg_planes_w[pw],
+    copy_box(raw + slot * kRawUnits, a.map, (ahead.w0 + rg_planes_w[pw]) & -kColumnsOfUnit,
              ahead.h0 + rg_planes_h[ph] + chunk * (RG_RAW_ROWS * RG_SRC_H),
              ahead.d0 + rg_planes_d[d_row / RG_JD] + d_row % RG_JD * RG_SRC_D, ahead.first_channel + ahead.channel,
              ahead.image, arrived + slot);
@@ -86,9 +90,10 @@ __device__ __forceinline__ void load_rows(const RingGemmArgs& a, uint4* raw, uin
     const int chunk = now.round % kRowChunks, plane = now.round / kRowChunks;  // of RG_JH rows
     barrier_wait(arrived + raw_at.stage, raw_at.parity);
     const int left = RG_JH - chunk * RG_RAW_ROWS;
+    const int early = (now.w0 + rg_planes_w[plane / (RG_NPH * kRowsD)]) & (kColumnsOfUnit - 1);
     turn_box(raw + raw_at.stage * kRawUnits,
              tiles + at.stage * kStageUnits + (plane * RG_JH + chunk * RG_RAW_ROWS) * RG_JW, nowhere,
-             left < RG_RAW_ROWS ? left : RG_RAW_ROWS, thread);
+             left < RG_RAW_ROWS ? left : RG_RAW_ROWS, early, thread);
     loaders_barrier();
     if (thread == 0) bring(raw_at.stage);
     raw_at.advance();

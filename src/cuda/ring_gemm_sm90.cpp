@@ -304,7 +304,7 @@ bool lay_out(const Problem& problem, const Device& device, const Config& config,
     fixed = g.slots * int64_t{132} * 32 * config.stages + place_bytes + 16;
     if (g.rows) {
       const int64_t unit = 16 / static_cast<int64_t>(size_of(problem.dtype));
-      g.raw_wide = static_cast<int>(ceil_div(g.staged[2].length, unit) | 1);
+      g.raw_wide = static_cast<int>(ceil_div(g.staged[2].length + unit - 1, unit) | 1);
       const int64_t row_bytes = int64_t{config.block_k / 4} * unit * g.raw_wide * 16;
       g.raw_rows = static_cast<int>(std::clamp<int64_t>((kRawBoxBytes / row_bytes - 1) | 1, 1, (g.staged[1].length - 1) | 1));
       g.raw_slots = static_cast<int>(std::clamp<int64_t>(kRawBytes / (row_bytes * g.raw_rows), 2, kMostRawSlots));
@@ -406,7 +406,7 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
       return refuse("steps of the source are over " + std::to_string(kMostElementStride));
   }
   g.rows = !g.tensor && problem.layout == Layout::contiguous && g.source_step[1] <= kMostElementStride &&
-           g.source_step[2] <= kMostElementStride;
+           g.source_step[2] == 1;  // the engine has no step in the innermost dimension
   g.entries_per_stage = std::clamp(kWeightStageBytes / (config.block_k * 256), 1, g.most_entries);
   g.staged[0] = columns_of(1, g.source_step[0], g.offset[0]);
   double best = std::numeric_limits<double>::max();

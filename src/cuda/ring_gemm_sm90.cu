@@ -210,18 +210,18 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (!stored[i]) continue;
-      Pack<output_t, kWide> results;
+      output_t results[kWide];
 #pragma unroll
       for (int e = 0; e < kWide; ++e)
-        results.item[e] = e < count ? narrow<output_t>(tconv_epilogue<float>(x[i][e] + bias[e], channel + e,
+        results[e] = e < count ? narrow<output_t>(tconv_epilogue<float>(x[i][e] + bias[e], channel + e,
                                                                              element[i] + e, a.operands))
                                     : output_t();
       if (whole) {
-        *reinterpret_cast<Pack<output_t, kWide>*>(a.result + element[i]) = results;
+        store_16(a.result + element[i], unit_of(results));
       } else {
 #pragma unroll
         for (int e = 0; e < kWide; ++e)
-          if (e < count) a.result[element[i] + e] = results.item[e];
+          if (e < count) a.result[element[i] + e] = results[e];
       }
     }
   }

@@ -26,14 +26,14 @@ __device__ __forceinline__ void gather_box(const RingGemmArgs& a, const Item& it
     const int p = i / kUnits, u = i % kUnits, row = h + p / RG_JW * RG_SRC_H, column = w + p % RG_JW * RG_SRC_W;
     const bool inside = (unsigned)d < (unsigned)a.source_d && (unsigned)row < (unsigned)a.source_h &&
                         (unsigned)column < (unsigned)a.source_w;
-    Pack<storage_t, kPerUnit> unit;
+    storage_t unit[kPerUnit];
 #pragma unroll
     for (int e = 0; e < kPerUnit; ++e) {
       const int c = channel + u * kPerUnit + e;
-      unit.item[e] = inside && c < RG_K ? from[row * a.source_row + column * a.source_inner + c] : storage_t();
+      unit[e] = inside && c < RG_K ? from[row * a.source_row + column * a.source_inner + c] : storage_t();
     }
     const int exchanged = u ^ (p * kUnits / 8 & (kUnits - 1));
-    *reinterpret_cast<Pack<storage_t, kPerUnit>*>(to + p * kUnits + exchanged) = unit;
+    to[p * kUnits + exchanged] = unit_of(unit);
   }
 }
 
