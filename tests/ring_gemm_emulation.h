@@ -4,6 +4,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "emulation_data.h"
+
 namespace {
 
 float value_of(float x) { return x; }
@@ -12,23 +14,6 @@ float value_of(bf16_t x) { return emulated_bf16(x.bits); }
 void assign(float& to, float x) { to = x; }
 void assign(f16_t& to, float x) { to.bits = emulated_f16_of(x); }
 void assign(bf16_t& to, float x) { to.bits = emulated_bf16_of(x); }
-
-// Elements that begin EMULATED_OFFSET behind a 16-byte boundary.
-template <typename T>
-struct Buffer {
-  std::vector<unsigned char> bytes;
-  T* first;
-  explicit Buffer(long long elements)
-      : bytes(static_cast<std::size_t>(elements) * sizeof(T) + 64, 0xff),
-        first(reinterpret_cast<T*>((reinterpret_cast<std::uintptr_t>(bytes.data()) + 15) / 16 * 16) + EMULATED_OFFSET) {
-  }
-};
-
-int small_number() {
-  static unsigned long long state = 12345;
-  state = state * 6364136223846793005ull + 1442695040888963407ull;
-  return static_cast<int>((state >> 33) % 5) - 2;
-}
 
 }  // namespace
 
