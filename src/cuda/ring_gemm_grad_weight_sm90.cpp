@@ -149,15 +149,21 @@ void choose_tile(const Problem& problem, const Device& device, const Config& con
     const std::size_t grad_bytes = static_cast<std::size_t>(g.depths) * classes * block_m * pitch * 4;
     const std::size_t available = device.shared_memory_per_block - 1024;
     if (g.span * input_bytes >= available) continue;
-    const int stages =
-        static_cast<int>(std::min<std::size_t>(6, (available - g.span * input_bytes) / (input_bytes + grad_bytes)));
+    // Two stages less than there are hold copies on their way: 128 KB keep memory busy, however small a stage is.
+    const std::size_t useful = std::clamp<std::size_t>(128 * 1024 / (input_bytes + grad_bytes) + 3, 4, 16);
+    const int stages = static_cast<int>(
+        std::min(useful, (available - g.span * input_bytes) / (input_bytes + grad_bytes)));
     if (stages < config.stages) continue;
     const double parts = tile / 8.0, sets = g.sets * g.m_blocks;
     const double products = parts * sets * g.taps_h * std::max(config.block_n / 2.0, 16.0) / 0.92;
     const double input_words = double(ci) * tile, grad_words = double(g.depths) * classes * co * 4 * vectors;
     const double access = parts * sets * (classes * 16.0 * conflict + g.taps_h * config.block_n / 4.0) +
                           (3 * input_words + grad_words) / 32;
-    const double issue = (input_words * 4 / bytes + grad_words / 4) / 128 * 20 + input_words / 512 * 25;
+    // What a warp that loads issues, at 3.5 cycles an instruction: about 200 a step, 30 a row, 5 a copy of grad_output and
+    // 20 a piece of the input, which is rounded.
+    const double lanes = block_m >= 16 ? 8 : 16, rows = double(g.depths) * classes;
+    const double issue = 700 + rows * (100 + std::ceil(vectors / lanes) * ceil_div(co * int(lanes), 128) * 18) +
+                         std::ceil(input_words * 4 / bytes / 128) * (bytes == 16 ? 65 : bytes == 8 ? 45 : 35);
     const double memory = (input_words + grad_words) * 4 / 18;
     const double cycles =
         std::max({products, access, issue, memory * (stages < 3 ? 1.5 : 1)}) + 0.15 * std::min(products, access) + 150;
@@ -322,7 +328,11 @@ std::vector<Unit> units(const Step& step) {
   define("RW_OWN", g.own);
   define("RW_TAPS_H", g.taps_h);
   define("RW_CLASSES", g.class_begin.size() - 1);
-  define("RW_CLASS_BEGIN", list(g.class_begin));
+  // An expression and no table: sums must not be indexed by what the compiler looks up.
+  std::string class_of = "0";
+  for (std::size_t c = 1; c + 1 < g.class_begin.size(); ++c)
+    class_of = "((k) < " + std::to_string(g.class_begin[c]) + " ? " + class_of + " : " + std::to_string(c) + ')';
+  define("RW_CLASS_OF(k)", class_of);
   define("RW_DEPTHS", g.depths);
   define("RW_SPAN", g.span);
   define("RW_TILE", g.tile);

@@ -36,10 +36,8 @@ constexpr int kInputSlots = RW_STAGES + RW_SPAN;
 constexpr int kClassWords = RW_M * RW_PITCH;  // = 4 mod 8 a channel: 8 channels x 4 positions hit 32 banks at odd strides
 constexpr int kGradWords = RW_DEPTHS * RW_CLASSES * kClassWords;
 constexpr int kTapRows = 64 / RW_CHANNELS;  // taps side by side in the rows of a product
-constexpr int kLag = RW_STAGES > 4 ? 3 : RW_STAGES > 2 ? RW_STAGES - 2 : 1;  // steps whose copies are under way
+constexpr int kLag = RW_STAGES > 2 ? RW_STAGES - 2 : 1;  // steps whose copies are under way
 constexpr int kSteps = RW_TILE / 8;
-template <int kPieces>
-constexpr int kTurns = (kPieces + kLoaders - 1) / kLoaders;  // of all threads that load
 
 struct RingGradArgs {
   const float* input;
@@ -88,106 +86,171 @@ struct Walk {
   }
 };
 
+// The blocks that share rows (slices, channel blocks) are neighbours and meet in L2.
 struct Block {
   int slice, block_n, block_m, group, share;
+
+  __device__ __forceinline__ Block() {
+    unsigned index = blockIdx.x;
+    asm volatile("" : "+r"(index));  // each role works this out for itself: kept for both, it spilled
+    slice = index % RW_SLICES;
+    index /= RW_SLICES;
+    block_n = index % RW_BLOCKS_N;
+    index /= RW_BLOCKS_N;
+    block_m = index % RW_BLOCKS_M;
+    index /= RW_BLOCKS_M;
+    group = index % TCONV_GROUPS;
+    share = index / TCONV_GROUPS;
+  }
 };
 
 // ------------------------------------------------------------------------------------------------------------- 2 load
 
+// One thread copies pieces of a row that lie kLanes apart, of channels that lie kLoaders / kLanes apart: addresses are
+// worked out once per channel. With divisions for every piece one step took 5000 cycles on an H100 instead of the 2300
+// of its products, all of them waits for the address of the next copy.
+//
 // A row of the input, in pieces of kBytes; a thread rounds later what it copies here. Columns behind the row's end and
 // rows outside the input are zeros; channels that do not exist stay as they are, their sums are dropped.
 template <int kBytes>
-__device__ __forceinline__ void load_input(const RingGradArgs& a, const Block& block, const Walk& at, unsigned* slot,
-                                           int thread) {
-  constexpr int kPer = kBytes / 4, kAcross = RW_TILE / kPer;
-  const int h = at.row - at.warm, q0 = at.strip * RW_TILE;
-  const bool inside = (unsigned)h < (unsigned)a.input_h;
-  const float* const row = a.input + at.b * a.input_image + at.d * a.input_slab + h * a.input_row +
-                           (long long)(block.group * TCONV_CI + block.block_n * RW_N) * a.input_channel + q0;
-  const int channels = min(RW_N, TCONV_CI - block.block_n * RW_N);
-#pragma unroll(kTurns<RW_N * kAcross> <= 8 ? kTurns<RW_N * kAcross> : 4)
-  for (int turn = 0; turn < kTurns<RW_N * kAcross>; ++turn) {
-    const int i = turn * kLoaders + thread, q = i % kAcross * kPer, c = i / kAcross;
-    if ((TCONV_CI % RW_N != 0 || RW_N * kAcross % kLoaders != 0) && c >= channels) break;
-    const bool valid = inside && q0 + q < a.input_w;
-    copy_part<kBytes>(slot + (q / 4 * kUnitPitch + c) * 4 + q % 4, valid ? row + c * a.input_channel + q : a.input,
-                      valid ? kBytes : 0);
+struct InputPieces {
+  static constexpr int kPer = kBytes / 4, kAcross = RW_TILE / kPer, kLanes = kAcross < kLoaders ? kAcross : kLoaders;
+  static constexpr int kApart = kLoaders / kLanes;  // channels
+  static constexpr int kTurns = (RW_N + kApart - 1) / kApart;
+  int q, c, channels;
+
+  __device__ __forceinline__ InputPieces(const Block& block, int thread)
+      : q(thread % kLanes * kPer), c(thread / kLanes), channels(min(RW_N, TCONV_CI - block.block_n * RW_N)) {}
+  __device__ __forceinline__ unsigned* word(unsigned* slot) const { return slot + (q / 4 * kUnitPitch + c) * 4 + q % 4; }
+  __device__ __forceinline__ bool exists(int turn) const {
+    return (TCONV_CI % RW_N == 0 && RW_N % kApart == 0) || c + turn * kApart < channels;
   }
-}
-template <int kBytes>
-__device__ __forceinline__ void round_input(const Block& block, unsigned* slot, int thread) {
-  constexpr int kPer = kBytes / 4, kAcross = RW_TILE / kPer;
-  const int channels = min(RW_N, TCONV_CI - block.block_n * RW_N);
-#pragma unroll(kTurns<RW_N * kAcross> <= 8 ? kTurns<RW_N * kAcross> : 4)
-  for (int turn = 0; turn < kTurns<RW_N * kAcross>; ++turn) {
-    const int i = turn * kLoaders + thread, q = i % kAcross * kPer, c = i / kAcross;
-    if ((TCONV_CI % RW_N != 0 || RW_N * kAcross % kLoaders != 0) && c >= channels) break;
-    unsigned* const word = slot + (q / 4 * kUnitPitch + c) * 4 + q % 4;
-    if constexpr (kBytes == 16) {
-      uint4 unit = *reinterpret_cast<uint4*>(word);
-      unit = make_uint4(nearest_tf32(unit.x), nearest_tf32(unit.y), nearest_tf32(unit.z), nearest_tf32(unit.w));
-      *reinterpret_cast<uint4*>(word) = unit;
-    } else {
-#pragma unroll
-      for (int e = 0; e < kPer; ++e) word[e] = nearest_tf32(word[e]);
+
+  __device__ __forceinline__ void load(const RingGradArgs& a, const Block& block, const Walk& at, unsigned* slot) const {
+    const int h = at.row - at.warm, q0 = at.strip * RW_TILE + q;
+    const bool valid = (unsigned)h < (unsigned)a.input_h && q0 < a.input_w;
+    const float* from =
+        valid ? a.input + at.b * a.input_image + at.d * a.input_slab + h * a.input_row + q0 +
+                    (long long)(block.group * TCONV_CI + block.block_n * RW_N + c) * a.input_channel
+              : a.input;
+    const long long apart = valid ? kApart * a.input_channel : 0;
+    const int bytes = valid ? kBytes : 0;
+    unsigned* const to = word(slot);
+#pragma unroll(kTurns <= 8 ? kTurns : 4)
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (!exists(turn)) break;
+      copy_part<kBytes>(to + turn * (kApart * 4), from, bytes);
+      from += apart;
     }
   }
-}
+  __device__ __forceinline__ void round(unsigned* slot) const {
+    constexpr int kAtOnce = kTurns < 4 ? kTurns : 4;  // read before the first is written
+    unsigned* const first = word(slot);
+#pragma unroll(kTurns <= 8 ? kTurns : 1)
+    for (int turn0 = 0; turn0 < kTurns; turn0 += kAtOnce) {
+      Pack<unsigned, kPer> pieces[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (turn0 + i < kTurns && exists(turn0 + i))
+          pieces[i] = *reinterpret_cast<Pack<unsigned, kPer>*>(first + (turn0 + i) * (kApart * 4));
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (turn0 + i < kTurns && exists(turn0 + i)) {
+#pragma unroll
+          for (int e = 0; e < kPer; ++e) pieces[i].item[e] = nearest_tf32(pieces[i].item[e]);
+          *reinterpret_cast<Pack<unsigned, kPer>*>(first + (turn0 + i) * (kApart * 4)) = pieces[i];
+        }
+    }
+  }
+};
 
 // The rows of grad_output of a step, whole 16-byte vectors of memory: a row's first column lies 0 to 3 words behind the
-// start. What a vector holds outside its row becomes zero; outside the tensor only a vector's own 16 bytes are read.
-__device__ __forceinline__ void load_grad(const RingGradArgs& a, const Block& block, const Walk& at, unsigned* slot,
-                                          int thread) {
-  const int channels = min(RW_M, TCONV_CO - block.block_m * RW_M);
-  const int column0 = at.strip * RW_TILE * TCONV_S2 + rw_column[block.slice];
-  const float* const tensor = a.grad_output + at.b * a.grad_image + column0 +
-                              (long long)(block.group * TCONV_CO + block.block_m * RW_M) * a.grad_channel;
-#pragma unroll 1
-  for (int rows = 0; rows < RW_DEPTHS * RW_CLASSES; ++rows) {
-    const int d = at.d * TCONV_S0 + rw_depth[block.slice * RW_DEPTHS + rows / RW_CLASSES];
-    const int h = (at.row + rw_first[block.slice]) * TCONV_S1 +
-                  rw_residue[block.slice * RW_CLASSES + rows % RW_CLASSES];
-    const bool inside = (unsigned)d < (unsigned)a.grad_d && (unsigned)h < (unsigned)a.grad_h;
-    const float* const row = tensor + d * a.grad_slab + h * a.grad_row;
-#pragma unroll 4
-    for (int turn = 0; turn < kTurns<RW_M * RW_VECTORS>; ++turn) {
-      const int i = turn * kLoaders + thread, v = i % RW_VECTORS, c = i / RW_VECTORS;
-      if ((TCONV_CO % RW_M != 0 || RW_M * RW_VECTORS % kLoaders != 0) && c >= channels) break;
-      const float* from = row + c * a.grad_channel;
+// start. What a vector would hold outside its row becomes zero and is not read.
+struct GradPieces {
+  static constexpr int kLanes = RW_M >= 16 ? 8 : 16, kApart = kLoaders / kLanes;
+  static constexpr int kTurns = (RW_M + kApart - 1) / kApart, kAlong = (RW_VECTORS + kLanes - 1) / kLanes;
+  int v, c, channels, first_column;
+
+  __device__ __forceinline__ GradPieces(const Block& block, int thread)
+      : v(thread % kLanes),
+        c(thread / kLanes),
+        channels(min(RW_M, TCONV_CO - block.block_m * RW_M)),
+        first_column(rw_column[block.slice]) {}
+
+  // width: of the row, 0 where the row lies outside.
+  template <bool kInterior>
+  __device__ __forceinline__ void load_row(const RingGradArgs& a, const float* from, int width, int column0,
+                                           unsigned* to) const {
+    const long long apart = kApart * a.grad_channel;
+#pragma unroll(kInterior && kTurns <= 8 ? kTurns : 1)
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if ((TCONV_CO % RW_M != 0 || RW_M % kApart != 0) && c + turn * kApart >= channels) break;
       const int phase = static_cast<int>(reinterpret_cast<unsigned long long>(from) / 4) & 3;
-      const int column = column0 - phase + 4 * v;
-      from += 4 * v - phase;
-      unsigned* const to = slot + rows * kClassWords + c * RW_PITCH + 4 * v;
-      if (inside && column < 0 && column > -4) {
-#pragma unroll 1
-        for (int e = 0; e < 4; ++e) {
-          const bool valid = column + e >= 0 && column + e < a.grad_w;
-          copy_part<4>(to + e, valid ? from + e : a.grad_output, valid ? 4 : 0);
-        }
-      } else {
-        const int count = inside && column >= 0 ? max(0, min(4, a.grad_w - column)) : 0;
-        copy_part<16>(to, count > 0 ? from : a.grad_output, count * 4);
+      const float* const vector = from - phase;
+      unsigned* const target = to + turn * (kApart * RW_PITCH);
+#pragma unroll(kAlong <= 8 ? kAlong : 1)
+      for (int i = 0; i < kAlong; ++i) {
+        if ((i + 1) * kLanes > RW_VECTORS && v + i * kLanes >= RW_VECTORS) break;
+        const int column = column0 - phase + i * (4 * kLanes);
+        const int bytes = kInterior ? 16 : column >= 0 ? max(0, min(16, (width - column) * 4)) : 0;
+        if (kInterior || column >= 0 || column <= -4)
+          copy_part<16>(target + i * (4 * kLanes), vector + i * (4 * kLanes), bytes);
       }
+      if (!kInterior && column0 < 4) {  // a vector that begins before its row
+#pragma unroll 1
+        for (int i = 0; i < kAlong; ++i) {
+          const int column = column0 - phase + i * (4 * kLanes);
+          if (column >= 0) break;
+          if (column <= -4 || v + i * kLanes >= RW_VECTORS) continue;
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            copy_part<4>(target + i * (4 * kLanes) + e, vector + i * (4 * kLanes) + e,
+                         column + e >= 0 && column + e < width ? 4 : 0);
+        }
+      }
+      from += apart;
     }
   }
-}
+
+  __device__ __forceinline__ void load(const RingGradArgs& a, const Block& block, const Walk& at, unsigned* slot) const {
+    const int column0 = at.strip * RW_TILE * TCONV_S2 + first_column;
+    const float* const tensor = a.grad_output + at.b * a.grad_image + column0 + 4 * v +
+                                (long long)(block.group * TCONV_CO + block.block_m * RW_M + c) * a.grad_channel;
+    const bool columns_inside = column0 >= 3 && column0 + 4 * RW_VECTORS <= a.grad_w;
+#pragma unroll 1
+    for (int rows = 0; rows < RW_DEPTHS * RW_CLASSES; ++rows) {
+      const int d = at.d * TCONV_S0 + rw_depth[block.slice * RW_DEPTHS + rows / RW_CLASSES];
+      const int h = (at.row + rw_first[block.slice]) * TCONV_S1 +
+                    rw_residue[block.slice * RW_CLASSES + rows % RW_CLASSES];
+      const bool inside = (unsigned)d < (unsigned)a.grad_d && (unsigned)h < (unsigned)a.grad_h;
+      const float* const from = tensor + d * a.grad_slab + h * a.grad_row;
+      unsigned* const to = slot + rows * kClassWords + c * RW_PITCH + 4 * v;
+      if (inside && columns_inside)
+        load_row<true>(a, from, a.grad_w, column0 + 4 * v, to);
+      else
+        load_row<false>(a, from, inside ? a.grad_w : 0, column0 + 4 * v, to);
+    }
+  }
+};
 
 template <int kBytes>
 __device__ __forceinline__ void load_steps(const RingGradArgs& a, const Block& block, uint4* inputs, unsigned* grads,
                                            Barrier* full, Barrier* empty, int thread) {
+  const InputPieces<kBytes> input(block, thread);
+  const GradPieces grad(block, thread);
   RingPlace<RW_STAGES> at, behind;
   RingPlace<kInputSlots> input_at, input_behind;
   int filled = 0;
   auto hand_over = [&]() {
-    round_input<kBytes>(block, reinterpret_cast<unsigned*>(inputs + input_behind.stage * kInputUnits), thread);
+    input.round(reinterpret_cast<unsigned*>(inputs + input_behind.stage * kInputUnits));
     barrier_arrive(full + behind.stage);
     behind.advance();
     input_behind.advance();
   };
   for (Walk walk(a, block.share); walk.left > 0; walk.next(a)) {
     barrier_wait(empty + at.stage, at.parity ^ 1);
-    load_input<kBytes>(a, block, walk, reinterpret_cast<unsigned*>(inputs + input_at.stage * kInputUnits), thread);
-    if (walk.warm == 0) load_grad(a, block, walk, grads + at.stage * kGradWords, thread);
+    input.load(a, block, walk, reinterpret_cast<unsigned*>(inputs + input_at.stage * kInputUnits));
+    if (walk.warm == 0) grad.load(a, block, walk, grads + at.stage * kGradWords);
     copy_async_commit();
     at.advance();
     input_at.advance();
@@ -209,7 +272,7 @@ __device__ __forceinline__ void move_registers() {
 #if RW_WARPGROUPS == 2
   kMultiplies ? take_registers<208>() : give_registers<88>();
 #else
-  kMultiplies ? take_registers<144>() : give_registers<80>();
+  kMultiplies ? take_registers<152>() : give_registers<56>();
 #endif
 }
 
@@ -227,20 +290,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm_grad_weight(
   }
   __syncthreads();
 
-  // The blocks that share rows (slices, channel blocks) are neighbours and meet in L2.
-  unsigned index = blockIdx.x;
-  Block block;
-  block.slice = index % RW_SLICES;
-  index /= RW_SLICES;
-  block.block_n = index % RW_BLOCKS_N;
-  index /= RW_BLOCKS_N;
-  block.block_m = index % RW_BLOCKS_M;
-  index /= RW_BLOCKS_M;
-  block.group = index % TCONV_GROUPS;
-  block.share = index / TCONV_GROUPS;
-
   if (threadIdx.x >= kConsumers) {
     move_registers<false>();
+    const Block block;
     const int thread = threadIdx.x - kConsumers;
     if (a.copy_bytes == 16)
       load_steps<16>(a, block, inputs, grads, full, empty, thread);
@@ -250,6 +302,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm_grad_weight(
       load_steps<4>(a, block, inputs, grads, full, empty, thread);
   } else {
     move_registers<true>();
+    const Block block;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, warpgroup = threadIdx.x / 128;
     const int quad = lane / 4, quarter = lane % 4;
     float sum[RW_OWN][RW_TAPS_H][RW_N / 2];
@@ -332,7 +385,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm_grad_weight(
         const unsigned start = static_cast<unsigned>(walk.b) * static_cast<unsigned>(a.grad_image) +
                                walk.d * TCONV_S0 * static_cast<unsigned>(a.grad_slab) +
                                walk.strip * RW_TILE * TCONV_S2 + rw_column[block.slice];
-        const int class_begin[] = {RW_CLASS_BEGIN};
         unsigned rows[2][4];
 #pragma unroll
         for (int by_class = 0; by_class < RW_CLASSES; ++by_class) {
@@ -351,8 +403,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm_grad_weight(
               current[3] = nearest_tf32(lower[at_step + 4 * TCONV_S2]);
               wgmma_fence();
 #pragma unroll
-              for (int k = class_begin[by_class]; k < class_begin[by_class + 1]; ++k)
-                wgmma_step(sum[own][k], current, columns[k] + step * (2 * kUnitPitch));
+              for (int k = 0; k < RW_TAPS_H; ++k)
+                if (RW_CLASS_OF(k) == by_class)
+                  wgmma_step(sum[own][k], current, columns[k] + step * (2 * kUnitPitch));
               wgmma_commit();
               wgmma_wait<1>();  // the step before has left the other rows
             };
@@ -363,6 +416,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm_grad_weight(
             }
           }
         }
+        // Products that stay under way over the end of a step make the compiler wait for every single one.
         wgmma_wait<0>();
       }
       __syncwarp();
