@@ -56,11 +56,12 @@ std::string on_host(std::string text) {
       const std::size_t open = at + std::string(start).size() - 1;
       text.replace(at, text.find(';', behind(text, open, '(', ')')) + 1 - at, ";");
     }
-  for (const char* name :
-       {"shared_address", "barrier_init", "barrier_init_done", "barrier_arrive", "barrier_expect", "barrier_wait",
-        "copy_bulk", "copy_async", "copy_async_commit", "copy_async_wait", "wgmma_fence", "wgmma_commit", "wgmma_wait",
-        "fence_shared_for_wgmma", "loaders_barrier", "to_tf32", "nearest", "wgmma_shared", "copy_part", "nearest_tf32",
-        "wgmma_step"}) {
+  for (const char* name : {"shared_address",    "barrier_init",           "barrier_init_done", "barrier_arrive",
+                           "barrier_expect",    "barrier_wait",           "copy_bulk",         "copy_async",
+                           "copy_async_commit", "copy_async_wait",        "wgmma_fence",       "wgmma_commit",
+                           "wgmma_wait",        "fence_shared_for_wgmma", "loaders_barrier",   "to_tf32",
+                           "nearest",           "wgmma_shared",           "copy_part",         "nearest_tf32",
+                           "wgmma_step"}) {
     const std::string call = ' ' + std::string(name) + '(';
     for (std::size_t at = 0; (at = text.find(call, at)) != std::string::npos; ++at) {
       std::size_t begin = text.rfind('\n', at) + 1;
@@ -145,7 +146,8 @@ void run(const Case& given, const std::string& kernel, std::string (*make_progra
   const auto [problem, epilogue] = parse_problem_and_epilogue(given.problem);
   const std::string only = kernel + (*given.config != 0 ? ":" : "") + given.config;
   const auto chosen = plan(problem, epilogue, known_device("h200"), only);
-  const std::string text = make_program(problem, chosen->steps[static_cast<std::size_t>(chosen->conv_step)], given.offset);
+  const std::string text =
+      make_program(problem, chosen->steps[static_cast<std::size_t>(chosen->conv_step)], given.offset);
 
   char folder[] = "/tmp/tconv_emulation_XXXXXX";
   ASSERT_NE(mkdtemp(folder), nullptr);
@@ -192,18 +194,18 @@ INSTANTIATE_TEST_SUITE_P(Cases, Emulation,
 
 // Copies of 16, 8 and 4 bytes, rows of grad_output at every phase, strips and shares that end anywhere, taps of one row
 // and of several residues, more taps than a block sums, groups, channels that do not fill their rows and columns.
-INSTANTIATE_TEST_SUITE_P(
-    Cases, GradWeightEmulation,
-    testing::Values(Case{"2d b2 c64>64 i9x72 t3x3 grad_weight tf32", "64x64x128,s2,w12"},
-                    Case{"2d c20>24 i7x22 t3x3 p1 grad_weight tf32", "", 1},
-                    Case{"2d c40>72 i5x37 t3x5 s2x3 p1x2 d2x1 grad_weight tf32", "128x64x128,s2,w8"},
-                    Case{"3d b2 c9>33 i3x4x12 t3x3x3 s2 p1 grad_weight tf32", "", 3},
-                    Case{"3d c12>8 i3x5x20 t2x2x2 s2 grad_weight tf32", ""},
-                    Case{"1d b5 c40>16 i60 t16 s8 p4 grad_weight tf32", ""},
-                    Case{"1d b3 c24>8 i65 t3 p2 d2 grad_weight tf32", "", 2},
-                    Case{"2d b2 g2 c32>16 i6x20 t4x4 s2 p1 grad_weight tf32", ""},
-                    Case{"2d c8>1 i6x16 t9x9 s4 p4 op3 grad_weight tf32", ""},
-                    Case{"2d c32>64 i8x12 t3x3 s5 p1 d2 grad_weight tf32", ""}));
+INSTANTIATE_TEST_SUITE_P(Cases, GradWeightEmulation,
+                         testing::Values(Case{"2d b2 c64>64 i9x72 t3x3 grad_weight tf32", "64x64x128,s2,w12"},
+                                         Case{"2d c20>24 i7x22 t3x3 p1 grad_weight tf32", "", 1},
+                                         Case{"2d c40>72 i5x37 t3x5 s2x3 p1x2 d2x1 grad_weight tf32",
+                                              "128x64x128,s2,w8"},
+                                         Case{"3d b2 c9>33 i3x4x12 t3x3x3 s2 p1 grad_weight tf32", "", 3},
+                                         Case{"3d c12>8 i3x5x20 t2x2x2 s2 grad_weight tf32", ""},
+                                         Case{"1d b5 c40>16 i60 t16 s8 p4 grad_weight tf32", ""},
+                                         Case{"1d b3 c24>8 i65 t3 p2 d2 grad_weight tf32", "", 2},
+                                         Case{"2d b2 g2 c32>16 i6x20 t4x4 s2 p1 grad_weight tf32", ""},
+                                         Case{"2d c8>1 i6x16 t9x9 s4 p4 op3 grad_weight tf32", ""},
+                                         Case{"2d c32>64 i8x12 t3x3 s5 p1 d2 grad_weight tf32", ""}));
 
 }  // namespace
 }  // namespace tconv

@@ -33,9 +33,10 @@ constexpr int kConsumers = 128 * RW_WARPGROUPS, kLoaders = 128, kThreads = kCons
 constexpr int kUnitPitch = RW_N + 1;  // units of 4 positions: an odd pitch spreads a row's units over the banks
 constexpr int kInputUnits = RW_TILE / 4 * kUnitPitch;
 constexpr int kInputSlots = RW_STAGES + RW_SPAN;
-constexpr int kClassWords = RW_M * RW_PITCH;  // = 4 mod 8 a channel: 8 channels x 4 positions hit 32 banks at odd strides
+constexpr int kClassWords =
+    RW_M * RW_PITCH;  // = 4 mod 8 a channel: 8 channels x 4 positions hit 32 banks at odd strides
 constexpr int kGradWords = RW_DEPTHS * RW_CLASSES * kClassWords;
-constexpr int kTapRows = 64 / RW_CHANNELS;  // taps side by side in the rows of a product
+constexpr int kTapRows = 64 / RW_CHANNELS;               // taps side by side in the rows of a product
 constexpr int kLag = RW_STAGES > 2 ? RW_STAGES - 2 : 1;  // steps whose copies are under way
 constexpr int kSteps = RW_TILE / 8;
 
@@ -121,18 +122,20 @@ struct InputPieces {
 
   __device__ __forceinline__ InputPieces(const Block& block, int thread)
       : q(thread % kLanes * kPer), c(thread / kLanes), channels(min(RW_N, TCONV_CI - block.block_n * RW_N)) {}
-  __device__ __forceinline__ unsigned* word(unsigned* slot) const { return slot + (q / 4 * kUnitPitch + c) * 4 + q % 4; }
+  __device__ __forceinline__ unsigned* word(unsigned* slot) const {
+    return slot + (q / 4 * kUnitPitch + c) * 4 + q % 4;
+  }
   __device__ __forceinline__ bool exists(int turn) const {
     return (TCONV_CI % RW_N == 0 && RW_N % kApart == 0) || c + turn * kApart < channels;
   }
 
-  __device__ __forceinline__ void load(const RingGradArgs& a, const Block& block, const Walk& at, unsigned* slot) const {
+  __device__ __forceinline__ void load(const RingGradArgs& a, const Block& block, const Walk& at,
+                                       unsigned* slot) const {
     const int h = at.row - at.warm, q0 = at.strip * RW_TILE + q;
     const bool valid = (unsigned)h < (unsigned)a.input_h && q0 < a.input_w;
-    const float* from =
-        valid ? a.input + at.b * a.input_image + at.d * a.input_slab + h * a.input_row + q0 +
-                    (long long)(block.group * TCONV_CI + block.block_n * RW_N + c) * a.input_channel
-              : a.input;
+    const float* from = valid ? a.input + at.b * a.input_image + at.d * a.input_slab + h * a.input_row + q0 +
+                                    (long long)(block.group * TCONV_CI + block.block_n * RW_N + c) * a.input_channel
+                              : a.input;
     const long long apart = valid ? kApart * a.input_channel : 0;
     const int bytes = valid ? kBytes : 0;
     unsigned* const to = word(slot);
@@ -182,7 +185,7 @@ struct GradPieces {
   __device__ __forceinline__ void load_row(const RingGradArgs& a, const float* from, int width, int column0,
                                            unsigned* to) const {
     const long long apart = kApart * a.grad_channel;
-#pragma unroll(kInterior && kTurns <= 8 ? kTurns : 1)
+#pragma unroll(kInterior&& kTurns <= 8 ? kTurns : 1)
     for (int turn = 0; turn < kTurns; ++turn) {
       if ((TCONV_CO % RW_M != 0 || RW_M % kApart != 0) && c + turn * kApart >= channels) break;
       const int phase = static_cast<int>(reinterpret_cast<unsigned long long>(from) / 4) & 3;
@@ -212,7 +215,8 @@ struct GradPieces {
     }
   }
 
-  __device__ __forceinline__ void load(const RingGradArgs& a, const Block& block, const Walk& at, unsigned* slot) const {
+  __device__ __forceinline__ void load(const RingGradArgs& a, const Block& block, const Walk& at,
+                                       unsigned* slot) const {
     const int column0 = at.strip * RW_TILE * TCONV_S2 + first_column;
     const float* const tensor = a.grad_output + at.b * a.grad_image + column0 + 4 * v +
                                 (long long)(block.group * TCONV_CO + block.block_m * RW_M + c) * a.grad_channel;
@@ -220,8 +224,8 @@ struct GradPieces {
 #pragma unroll 1
     for (int rows = 0; rows < RW_DEPTHS * RW_CLASSES; ++rows) {
       const int d = at.d * TCONV_S0 + rw_depth[block.slice * RW_DEPTHS + rows / RW_CLASSES];
-      const int h = (at.row + rw_first[block.slice]) * TCONV_S1 +
-                    rw_residue[block.slice * RW_CLASSES + rows % RW_CLASSES];
+      const int h =
+          (at.row + rw_first[block.slice]) * TCONV_S1 + rw_residue[block.slice * RW_CLASSES + rows % RW_CLASSES];
       const bool inside = (unsigned)d < (unsigned)a.grad_d && (unsigned)h < (unsigned)a.grad_h;
       const float* const from = tensor + d * a.grad_slab + h * a.grad_row;
       unsigned* const to = slot + rows * kClassWords + c * RW_PITCH + 4 * v;
@@ -389,8 +393,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm_grad_weight(
 #pragma unroll
         for (int by_class = 0; by_class < RW_CLASSES; ++by_class) {
           const unsigned* const grad = grads + at.stage * kGradWords + by_class * kClassWords;
-          const unsigned row_start = start + (first_row + rw_residue[block.slice * RW_CLASSES + by_class]) *
-                                                 static_cast<unsigned>(a.grad_row);
+          const unsigned row_start =
+              start + (first_row + rw_residue[block.slice * RW_CLASSES + by_class]) * static_cast<unsigned>(a.grad_row);
 #pragma unroll
           for (int own = 0; own < RW_OWN; ++own) {
             const unsigned* const upper = grad + word[own][0] + ((phase[own][0] + row_start) & 3);
@@ -404,8 +408,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm_grad_weight(
               wgmma_fence();
 #pragma unroll
               for (int k = 0; k < RW_TAPS_H; ++k)
-                if (RW_CLASS_OF(k) == by_class)
-                  wgmma_step(sum[own][k], current, columns[k] + step * (2 * kUnitPitch));
+                if (RW_CLASS_OF(k) == by_class) wgmma_step(sum[own][k], current, columns[k] + step * (2 * kUnitPitch));
               wgmma_commit();
               wgmma_wait<1>();  // the step before has left the other rows
             };
