@@ -196,7 +196,7 @@ INSTANTIATE_TEST_SUITE_P(Cases, Emulation,
 // and of several residues, more taps than a block sums, groups, channels that do not fill their rows and columns.
 INSTANTIATE_TEST_SUITE_P(Cases, GradWeightEmulation,
                          testing::Values(Case{"2d b2 c64>64 i9x72 t3x3 grad_weight tf32", "64x64x128,s2,w12"},
-                                         Case{"2d c20>24 i7x22 t3x3 p1 grad_weight tf32", "", 1},
+                                         Case{"2d c40>40 i7x70 t3x3 p1 grad_weight tf32", "64x48x128,s2,w12,k4", 1},
                                          Case{"2d c40>72 i5x37 t3x5 s2x3 p1x2 d2x1 grad_weight tf32",
                                               "128x64x128,s2,w8"},
                                          Case{"3d b2 c9>33 i3x4x12 t3x3x3 s2 p1 grad_weight tf32", "", 3},

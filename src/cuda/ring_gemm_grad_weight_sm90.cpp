@@ -16,14 +16,17 @@ namespace {
 using std::int64_t;
 
 // block_m output channels (times 64 / block_m taps where that is below 64 make the rows of a product), block_n input
-// channels, strips of at most block_k columns, at least two stages; warps are those that multiply, four more load.
+// channels, strips of at most block_k columns, at least two stages; warps are those that multiply, four more load. split:
+// products that a warpgroup has under way, 0 stands for two.
 #define COLUMNS(m, warps) \
   {m, 64, 128, 2, warps, 0}, {m, 32, 128, 2, warps, 0}, {m, 16, 128, 2, warps, 0}, {m, 8, 128, 2, warps, 0}
 constexpr Config kConfigs[] = {
     COLUMNS(64, 12),          {64, 48, 128, 2, 12, 0}, {64, 128, 128, 2, 12, 0},  COLUMNS(64, 8),
     {64, 48, 128, 2, 8, 0},   {64, 128, 128, 2, 8, 0}, COLUMNS(32, 12),           {32, 48, 128, 2, 12, 0},
     {32, 128, 128, 2, 12, 0}, COLUMNS(32, 8),          COLUMNS(16, 12),           COLUMNS(8, 12),
-    {128, 64, 128, 2, 12, 0}, {128, 64, 128, 2, 8, 0}, {128, 128, 128, 2, 12, 0}, {128, 128, 128, 2, 8, 0}};
+    {128, 64, 128, 2, 12, 0}, {128, 64, 128, 2, 8, 0}, {128, 128, 128, 2, 12, 0}, {128, 128, 128, 2, 8, 0},
+    {64, 64, 128, 2, 12, 4},  {64, 48, 128, 2, 12, 4}, {64, 128, 128, 2, 12, 4},  {64, 64, 128, 2, 8, 4},
+    {64, 128, 128, 2, 8, 4},  {32, 64, 128, 2, 12, 4}, {32, 64, 128, 2, 8, 4}};
 #undef COLUMNS
 
 constexpr int kMaxTaps = 4096;  // tables in constant memory
@@ -241,6 +244,8 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
         g = candidate;
       }
   if (g.tile == 0) return refuse("no division of the taps fits registers and shared memory");
+  if (config.split > 2 && (g.own > 1 || g.tile < 64))
+    return refuse("more than two products under way: several sets of rows or few steps make the compiler wait");
   g.item_steps = g.rows + g.span;
   const int64_t items = g.strips * (images ? 1 : problem.input[0] * problem.batch);
   g.steps = g.rows == 0 ? 0 : items * g.item_steps;
@@ -340,6 +345,7 @@ std::vector<Unit> units(const Step& step) {
   define("RW_VECTORS", g.vectors);
   define("RW_PITCH", g.pitch);
   define("RW_STAGES", g.stages);
+  define("RW_UNDER_WAY", std::max(2, config.split));
   define("RW_FLUSH", std::max(1, kFlush / g.tile));
   define("RW_FIRST", list(g.first));
   define("RW_RESIDUE", list(g.residue));

@@ -39,6 +39,10 @@ constexpr int kGradWords = RW_DEPTHS * RW_CLASSES * kClassWords;
 constexpr int kTapRows = 64 / RW_CHANNELS;               // taps side by side in the rows of a product
 constexpr int kLag = RW_STAGES > 2 ? RW_STAGES - 2 : 1;  // steps whose copies are under way
 constexpr int kSteps = RW_TILE / 8;
+// Products that a warpgroup has under way, each with rows of its own: 2 or 4. Where four steps leave no loop, with several
+// sets of rows, or with few sums, four make the compiler wait for every single product.
+constexpr int kUnderWay = RW_UNDER_WAY;
+static_assert(kSteps % kUnderWay == 0);
 
 struct RingGradArgs {
   const float* input;
@@ -389,7 +393,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm_grad_weight(
         const unsigned start = static_cast<unsigned>(walk.b) * static_cast<unsigned>(a.grad_image) +
                                walk.d * TCONV_S0 * static_cast<unsigned>(a.grad_slab) +
                                walk.strip * RW_TILE * TCONV_S2 + rw_column[block.slice];
-        unsigned rows[2][4];
+        unsigned rows[kUnderWay][4];
 #pragma unroll
         for (int by_class = 0; by_class < RW_CLASSES; ++by_class) {
           const unsigned* const grad = grads + at.stage * kGradWords + by_class * kClassWords;
@@ -410,12 +414,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm_grad_weight(
               for (int k = 0; k < RW_TAPS_H; ++k)
                 if (RW_CLASS_OF(k) == by_class) wgmma_step(sum[own][k], current, columns[k] + step * (2 * kUnitPitch));
               wgmma_commit();
-              wgmma_wait<1>();  // the step before has left the other rows
+              wgmma_wait<kUnderWay - 1>();  // the products that read the next rows are done
             };
 #pragma unroll 1
-            for (int step = 0; step < kSteps; step += 2) {
-              multiply(step, rows[0]);
-              multiply(step + 1, rows[1]);
+            for (int step = 0; step < kSteps; step += kUnderWay) {
+#pragma unroll
+              for (int i = 0; i < kUnderWay; ++i) multiply(step + i, rows[i]);
             }
           }
         }
