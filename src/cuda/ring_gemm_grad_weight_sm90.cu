@@ -112,8 +112,8 @@ struct Block {
 // ------------------------------------------------------------------------------------------------------------- 2 load
 
 // One thread copies pieces of a row that lie kLanes apart, of channels that lie kLoaders / kLanes apart: addresses are
-// worked out once per channel. With divisions for every piece one step took 5000 cycles on an H100 instead of the 2300
-// of its products, all of them waits for the address of the next copy.
+// worked out once per channel. With divisions for every piece a warp that loads had 1470 instructions a step and a step
+// took 5000 cycles on an H100 (64 x 64 channels, 3x3), where its products alone need 2300.
 //
 // A row of the input, in pieces of kBytes; a thread rounds later what it copies here. Columns behind the row's end and
 // rows outside the input are zeros; channels that do not exist stay as they are, their sums are dropped.
