@@ -184,23 +184,29 @@ void copy_box(void* to, const Map& map, int x0, int x1, int x2, int x3, int x4, 
 struct EmulatedCopy {
   void* to;
   const void* from;
-  int bytes;
-  bool valid;
+  int bytes, valid;  // the rest is filled with zeros
 };
 static thread_local std::vector<EmulatedCopy> emulated_group;
 static thread_local std::deque<std::vector<EmulatedCopy>> emulated_groups;
 template <int kBytes>
-void copy_async(void* to, const void* from, bool valid) {
-  if (shared_address(to) % kBytes != 0 || (valid && reinterpret_cast<std::uintptr_t>(from) % kBytes != 0))
+void copy_part(void* to, const void* from, int bytes) {
+  if (shared_address(to) % kBytes != 0 || (bytes > 0 && reinterpret_cast<std::uintptr_t>(from) % kBytes != 0))
     emulated_failure("alignment of a copy");
-  emulated_group.push_back({to, from, kBytes, valid});
+  if (bytes < 0 || bytes > kBytes) emulated_failure("bytes of a copy");
+  emulated_group.push_back({to, from, kBytes, bytes});
+}
+template <int kBytes>
+void copy_async(void* to, const void* from, bool valid) {
+  copy_part<kBytes>(to, from, valid ? kBytes : 0);
 }
 inline void copy_async_commit() { emulated_groups.push_back(std::exchange(emulated_group, {})); }
 template <int kPending>
 void copy_async_wait() {
   for (; static_cast<int>(emulated_groups.size()) > kPending; emulated_groups.pop_front())
-    for (const EmulatedCopy& copy : emulated_groups.front())
-      copy.valid ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
+    for (const EmulatedCopy& copy : emulated_groups.front()) {
+      if (copy.valid > 0) std::memcpy(copy.to, copy.from, copy.valid);
+      std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
+    }
 }
 
 // 16-bit types
@@ -224,6 +230,7 @@ inline unsigned short emulated_bf16_of(float x) {
 }
 inline unsigned to_tf32(float x) { return emulated_bits<unsigned>(x); }
 inline unsigned nearest(unsigned x) { return x; }
+inline unsigned nearest_tf32(unsigned x) { return x; }
 
 // Products of a warpgroup, both operands in shared memory, k contiguous; units exchanged as the copy engine does, or not.
 enum class EmulatedType { tf32, f16, bf16 };
@@ -276,6 +283,24 @@ void emulated_wgmma(float (&sum)[kSums], unsigned long long rows, unsigned long 
       }
   });
 }
+// The rows in registers (TF32): a thread holds its part of them, and reads that of its row's other three when it waits.
+static const unsigned* emulated_rows[1024][64];
+static thread_local unsigned emulated_rows_count = 0;
+template <int kSums>
+void emulated_wgmma(float (&sum)[kSums], const unsigned (&rows)[4], unsigned long long columns) {
+  float* const to = sum;
+  const unsigned slot = emulated_rows_count++ % 64, first = threadIdx.x / 4 * 4, quarter = threadIdx.x % 4;
+  emulated_rows[threadIdx.x][slot] = rows;
+  emulated_products.push_back([=] {
+    const EmulatedOperand b(columns);
+    for (int n = 0; n < kSums / 4; ++n)
+      for (int r = 0; r < 4; ++r)
+        for (unsigned k = 0; k < 8; ++k) {
+          const unsigned word = emulated_rows[first + k % 4][slot][k / 4 * 2 + r / 2] & ~0x1fffu;
+          to[4 * n + r] += emulated_bits<float>(word) * b.at(n * 8 + quarter * 2 + r % 2, k, EmulatedType::tf32);
+        }
+  });
+}
 inline void wgmma_fence() {}
 inline void fence_shared_for_wgmma() {}
 inline void wgmma_commit() { emulated_product_groups.push_back(std::exchange(emulated_products, {})); }
@@ -287,15 +312,15 @@ void wgmma_wait() {
   emulated_warps[threadIdx.x / 32]->arrive_and_wait();
 }
 // Four 8 x 8 matrices of 16-bit elements per warp, turned; each lane names a row of both.
-static const void* emulated_rows[32][32];
+static const void* emulated_lines[32][32];
 inline void turn_matrices(const void* from, void* to) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (shared_address(from) % 16 != 0 || shared_address(to) % 16 != 0) emulated_failure("alignment of a matrix");
-  emulated_rows[warp][lane] = from;
+  emulated_lines[warp][lane] = from;
   emulated_warps[warp]->arrive_and_wait();
   unsigned short column[8];
   for (int row = 0; row < 8; ++row)
-    std::memcpy(column + row, static_cast<const char*>(emulated_rows[warp][lane / 8 * 8 + row]) + lane % 8 * 2, 2);
+    std::memcpy(column + row, static_cast<const char*>(emulated_lines[warp][lane / 8 * 8 + row]) + lane % 8 * 2, 2);
   emulated_warps[warp]->arrive_and_wait();
   std::memcpy(to, column, 16);
 }
@@ -303,8 +328,8 @@ inline void store_16(void* to, uint4 x) {
   if (reinterpret_cast<std::uintptr_t>(to) % 16 != 0) emulated_failure("alignment of a store");
   std::memcpy(to, &x, 16);
 }
-inline void __syncwarp() { emulated_warps[threadIdx.x / 32]->arrive_and_wait(); }
 inline void __syncthreads() { emulated_block->arrive_and_wait(); }
+inline void __syncwarp() { emulated_warps[threadIdx.x / 32]->arrive_and_wait(); }
 inline void loaders_barrier() { emulated_loaders->arrive_and_wait(); }
 
 // One block after the other, each with memory that holds NaN.

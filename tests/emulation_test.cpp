@@ -57,9 +57,11 @@ std::string on_host(std::string text) {
       text.replace(at, text.find(';', behind(text, open, '(', ')')) + 1 - at, ";");
     }
   for (const char* name :
-       {"shared_address", "barrier_init", "barrier_init_done", "barrier_arrive", "barrier_expect", "barrier_wait",
-        "copy_bulk", "copy_box", "copy_async", "copy_async_commit", "copy_async_wait", "wgmma_fence", "wgmma_commit", "wgmma_wait",
-        "fence_shared_for_wgmma", "loaders_barrier", "to_tf32", "nearest", "wgmma_shared", "turn_matrices", "store_16"}) {
+       {"shared_address",  "barrier_init",    "barrier_init_done",      "barrier_arrive", "barrier_expect", "barrier_wait",
+        "copy_bulk",       "copy_box",        "copy_async",             "copy_part",      "copy_async_commit",
+        "copy_async_wait", "wgmma_fence",     "wgmma_commit",           "wgmma_wait",     "wgmma_shared",   "wgmma_step",
+        "loaders_barrier", "to_tf32",         "fence_shared_for_wgmma", "nearest",        "nearest_tf32",   "turn_matrices",
+        "store_16"}) {
     const std::string call = ' ' + std::string(name) + '(';
     for (std::size_t at = 0; (at = text.find(call, at)) != std::string::npos; ++at) {
       std::size_t begin = text.rfind('\n', at) + 1;
@@ -78,8 +80,9 @@ std::string on_host(std::string text) {
   replace_all(text, "template <typename S, typename A>\n",
               "template <typename S> S emulated_narrow(float x);\n"
               "template <typename S, typename A>\n");
-  replace_all(text, "extern __shared__ __align__(1024) uint4 shared[];",
-              "uint4* shared = reinterpret_cast<uint4*>(emulated_memory);");
+  for (const char* alignment : {"128", "1024"})
+    replace_all(text, "extern __shared__ __align__(" + std::string(alignment) + ") uint4 shared[];",
+                "uint4* shared = reinterpret_cast<uint4*>(emulated_memory);");
   replace_all(text, "extern \"C\" __global__ void", "void");
   return text;
 }
@@ -117,6 +120,19 @@ std::string program(const Problem& problem, const Step& step, int offset) {
   return text.str();
 }
 
+// The complete program of ring_gemm_grad_weight_sm90.
+std::string grad_weight_program(const Problem& problem, const Step& step, int offset) {
+  const std::string kernel = on_host(cuda::program_text(step.kernel->units(step)[0]));
+  std::ostringstream text;
+  text << "#include \"device_emulation.h\"\n"
+       << "inline void wgmma_step(float (&sum)[" << definition(kernel, "RW_N")
+       << " / 2], const unsigned (&rows)[4], unsigned long long columns) { emulated_wgmma(sum, rows, columns); }\n"
+       << kernel << "#define EMULATED_BATCH " << problem.batch << "\n#define EMULATED_OFFSET " << offset
+       << "\n#define EMULATED_INPUT " << list(problem.input) << "\n#define EMULATED_OUTPUT "
+       << list(output_size(problem)) << "\n#include \"ring_gemm_grad_weight_emulation.h\"\n";
+  return text.str();
+}
+
 struct Case {
   const char* problem;
   const char* config;  // empty: the planner's
@@ -126,13 +142,14 @@ struct Case {
 void PrintTo(const Case& given, std::ostream* out) { *out << given.config << " on " << given.problem; }
 
 class Emulation : public testing::TestWithParam<Case> {};
+class GradWeightEmulation : public testing::TestWithParam<Case> {};
 
-TEST_P(Emulation, RingGemm) {
-  const Case& given = GetParam();
+void run(const Case& given, const std::string& kernel, std::string (*make_program)(const Problem&, const Step&, int)) {
   const auto [problem, epilogue] = parse_problem_and_epilogue(given.problem);
-  const std::string only = std::string("ring_gemm_sm90") + (*given.config != 0 ? ":" : "") + given.config;
+  const std::string only = kernel + (*given.config != 0 ? ":" : "") + given.config;
   const auto chosen = plan(problem, epilogue, known_device("h200"), only);
-  const std::string text = program(problem, chosen->steps[static_cast<std::size_t>(chosen->conv_step)], given.offset);
+  const std::string text =
+      make_program(problem, chosen->steps[static_cast<std::size_t>(chosen->conv_step)], given.offset);
 
   char folder[] = "/tmp/tconv_emulation_XXXXXX";
   ASSERT_NE(mkdtemp(folder), nullptr);
@@ -153,6 +170,9 @@ TEST_P(Emulation, RingGemm) {
   }
   fs::remove_all(path);
 }
+
+TEST_P(Emulation, RingGemm) { run(GetParam(), "ring_gemm_sm90", program); }
+TEST_P(GradWeightEmulation, RingGemm) { run(GetParam(), "ring_gemm_grad_weight_sm90", grad_weight_program); }
 
 // Vector and gathered staging, both layouts, resident and reloaded chunks, folded widths, passes as items, empty passes,
 // images as rows, runs side by side, three and seven warps that load, odd offsets.
@@ -191,6 +211,22 @@ INSTANTIATE_TEST_SUITE_P(Cases, Emulation,
                                          Case{"3d b2 c64>32 i4x9x10 t3x3x3 s2 p1 f16 channels_last grad_input",
                                               "64x96x16,s1,w20"},
                                          Case{"2d c16>3 i20x30 t4x4 s2 p1 f16 channels_last", "256x200x8,s1,w16"}));
+
+// Copies of 16, 8 and 4 bytes, rows of grad_output at every phase, strips and shares that end anywhere, taps of one row
+// and of several residues, more taps than a block sums, groups, channels that do not fill their rows and columns.
+INSTANTIATE_TEST_SUITE_P(Cases, GradWeightEmulation,
+                         testing::Values(Case{"2d b2 c64>64 i9x72 t3x3 grad_weight tf32", "64x64x128,s2,w12"},
+                                         Case{"2d c20>24 i7x22 t3x3 p1 grad_weight tf32", "", 1},
+                                         Case{"2d c40>40 i7x125 t3x3 p1 grad_weight tf32", "64x48x128,s2,w12,k4", 1},
+                                         Case{"2d c40>72 i5x37 t3x5 s2x3 p1x2 d2x1 grad_weight tf32",
+                                              "128x64x128,s2,w8"},
+                                         Case{"3d b2 c9>33 i3x4x12 t3x3x3 s2 p1 grad_weight tf32", "", 3},
+                                         Case{"3d c12>8 i3x5x20 t2x2x2 s2 grad_weight tf32", ""},
+                                         Case{"1d b5 c40>16 i60 t16 s8 p4 grad_weight tf32", ""},
+                                         Case{"1d b3 c24>8 i65 t3 p2 d2 grad_weight tf32", "", 2},
+                                         Case{"2d b2 g2 c32>16 i6x20 t4x4 s2 p1 grad_weight tf32", ""},
+                                         Case{"2d c8>1 i6x16 t9x9 s4 p4 op3 grad_weight tf32", ""},
+                                         Case{"2d c32>64 i8x12 t3x3 s5 p1 d2 grad_weight tf32", ""}));
 
 }  // namespace
 }  // namespace tconv

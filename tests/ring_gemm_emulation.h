@@ -4,6 +4,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "emulation_data.h"
+
 namespace {
 
 float value_of(float x) { return x; }
@@ -12,23 +14,6 @@ float value_of(bf16_t x) { return emulated_bf16(x.bits); }
 void assign(float& to, float x) { to = x; }
 void assign(f16_t& to, float x) { to.bits = emulated_f16_of(x); }
 void assign(bf16_t& to, float x) { to.bits = emulated_bf16_of(x); }
-
-// Elements that begin EMULATED_OFFSET behind a 16-byte boundary.
-template <typename T>
-struct Buffer {
-  std::vector<unsigned char> bytes;
-  T* first;
-  explicit Buffer(long long elements)
-      : bytes(static_cast<std::size_t>(elements) * sizeof(T) + 64, 0xff),
-        first(reinterpret_cast<T*>((reinterpret_cast<std::uintptr_t>(bytes.data()) + 15) / 16 * 16) + EMULATED_OFFSET) {
-  }
-};
-
-int small_number() {
-  static unsigned long long state = 12345;
-  state = state * 6364136223846793005ull + 1442695040888963407ull;
-  return static_cast<int>((state >> 33) % 5) - 2;
-}
 
 }  // namespace
 
@@ -111,7 +96,7 @@ int main() {
                         0,
                         {source[2], images ? batch : source[1], source[0], source_channels, images ? 1 : batch},
                         {a.source_row * size, a.source_slab * size, a.source_inner * size, a.source_image * size},
-                        {static_cast<int>(RG_RAW_WIDE * 16 / size), RG_RAW_ROWS, 1, static_cast<int>(RG_KC * 4 / size), 1},
+                        {static_cast<int>(RG_RAW_WIDE * 16 / size), RG_RAW_ROWS, 1, static_cast<int>(RG_RAW_UNITS * 16 / size), 1},
                         {RG_SRC_W, RG_SRC_H, 1, 1, 1}};
   a.tensor = reinterpret_cast<std::uintptr_t>(x.first) % 16 == 0 && source[2] * size % 16 == 0 &&
              (TCONV_GROUPS == 1 || RG_K * size % (RG_KC * 4) == 0);

@@ -143,8 +143,9 @@ std::shared_ptr<const Function> load_now(const Unit& unit, const Device& device)
   if (unit.shared_bytes > limit) {
     limit = unit.shared_bytes;
     // 8: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 9: the share of L1 preferred as shared memory, in percent.
-    // Below 48 KB the driver's own choice leaves L1 to the kernels that read through it.
-    if (limit > 48 * 1024) {
+    // Below 48 KB, what a kernel declares itself included, the driver's own choice leaves L1 to those that read through
+    // it.
+    if (limit > 47 * 1024) {
       check(cuda.function_attribute(handle, 8, static_cast<int>(limit)), "cuFuncSetAttribute");
       check(cuda.function_attribute(handle, 9, unit.shared_percent), "cuFuncSetAttribute");
     }

@@ -1,29 +1,29 @@
 // ring_gemm_rows_sm90.cuh — how the loading warps of ring_gemm_sm90 stage contiguous tensors whose rows are multiples of 16
 // bytes: the copy engine brings rows of a chunk of channels, the warps turn them into units of channels.
 //
-// A box is RG_RAW_ROWS rows of RG_RAW_WIDE 16-byte units for every channel of the chunk, zeros outside the tensor, in one
-// of RG_RAW_SLOTS places. It starts on a 16-byte boundary of its row (the engine refuses others), up to 3 fp32 or 7 16-bit
-// columns early. Both numbers are odd, so that the same units of 8 neighbouring channels lie in different banks.
+// A box is RG_RAW_ROWS rows of RG_RAW_WIDE 16-byte columns for RG_RAW_UNITS units of channels, zeros outside the tensor.
+// Every warp has RG_RAW_SLOTS boxes of its own under way, so that warps meet only at the stages. A box starts on a 16-byte boundary of its row (the engine refuses others), up to 3 fp32 or 7 16-bit
+// columns early. Rows and columns are odd, so that the same columns of 8 neighbouring channels lie in different banks.
 // fp32 values are rounded on the way; 16-bit ones turn 8 channels x 8 columns by ldmatrix and stmatrix.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 constexpr int kRowChunks = (RG_JH + RG_RAW_ROWS - 1) / RG_RAW_ROWS;
-constexpr int kRawBoxes = RG_NPW * kRowsD * RG_NPH * kRowChunks;
-constexpr int kChunkChannels = kUnits * kPerUnit;
-constexpr int kRawPitch = RG_RAW_ROWS * RG_RAW_WIDE;  // units between channels
-constexpr int kRawUnits = kChunkChannels * kRawPitch;
+constexpr int kUnitParts = kUnits / RG_RAW_UNITS;
+constexpr int kRawBoxes = RG_NPW * kRowsD * RG_NPH * kRowChunks * kUnitParts;  // of a stage
+constexpr int kRawPitch = RG_RAW_ROWS * RG_RAW_WIDE;                           // units between channels
+constexpr int kRawUnits = RG_RAW_UNITS * kPerUnit * kRawPitch;
 constexpr int kColumnsOfUnit = kPerUnit;
 
 #if TCONV_DTYPE_f32
-__device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4*, int rows, int early, int thread) {
+__device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4*, int rows, int early, int lane) {
   // 8 lanes that store together: neighbouring planes and every fourth position, all in different banks.
-  constexpr int kAcross = kUnits < 4 ? kUnits : 4, kAlong = 8 / kAcross;
+  constexpr int kAcross = RG_RAW_UNITS < 4 ? RG_RAW_UNITS : 4, kAlong = 8 / kAcross;
   constexpr int kGroups = (RG_RAW_WIDE + kAlong - 1) / kAlong;
-  const int count = rows * kGroups * kUnits * kAlong;
+  const int count = rows * kGroups * RG_RAW_UNITS * kAlong;
 #pragma unroll 2
-  for (int i = thread; i < count; i += kLoaders) {
-    const int u = i % kAcross + i / 8 % (kUnits / kAcross) * kAcross, rest = i / 8 / (kUnits / kAcross);
+  for (int i = lane; i < count; i += 32) {
+    const int u = i % kAcross + i / 8 % (RG_RAW_UNITS / kAcross) * kAcross, rest = i / 8 / (RG_RAW_UNITS / kAcross);
     const int g = rest % kGroups * kAlong + i % 8 / kAcross, row = rest / kGroups;
     if (g >= RG_RAW_WIDE) continue;
     const uint4* from = raw + u * 4 * kRawPitch + row * RG_RAW_WIDE + g;
@@ -49,11 +49,12 @@ __device__ __forceinline__ void turn_matrices(const void* from, void* to) {
                : "memory");
 }
 __device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4* nowhere, int rows, int early,
-                                         int thread) {
-  const int count = rows * RG_RAW_WIDE * kUnits, row = thread % 8;
+                                         int lane) {
+  const int count = rows * RG_RAW_WIDE * RG_RAW_UNITS, row = lane % 8;
 #pragma unroll 2
-  for (int first = thread / 32 * 4; first < count; first += kLoaders / 8) {
-    const int i = first + thread % 32 / 8, u = i % kUnits, g = i / kUnits % RG_RAW_WIDE, h = i / (kUnits * RG_RAW_WIDE);
+  for (int first = 0; first < count; first += 4) {
+    const int i = first + lane / 8, u = i % RG_RAW_UNITS, g = i / RG_RAW_UNITS % RG_RAW_WIDE;
+    const int h = i / (RG_RAW_UNITS * RG_RAW_WIDE);
     const bool exists = i < count;
     const int column = g * 8 + row - early;
     turn_matrices(exists ? raw + (u * 8 + row) * kRawPitch + h * RG_RAW_WIDE + g : raw,
@@ -62,45 +63,62 @@ __device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4* n
 }
 #endif
 
-// The first thread of the loading warps also tells the copy engine what to bring, RG_RAW_SLOTS boxes ahead.
+struct Box {
+  int part, chunk, ph, d_row, pw;
+  __device__ __forceinline__ explicit Box(int box)
+      : part(box % kUnitParts),
+        chunk(box / kUnitParts % kRowChunks),
+        ph(box / (kUnitParts * kRowChunks) % RG_NPH),
+        d_row(box / (kUnitParts * kRowChunks * RG_NPH) % kRowsD),
+        pw(box / (kUnitParts * kRowChunks * RG_NPH * kRowsD)) {}
+};
+
 __device__ __forceinline__ void load_rows(const RingGemmArgs& a, uint4* raw, uint4* tiles, Barrier* arrived, Barrier* full,
                                           Barrier* empty, int thread) {
-  Cursor ahead;
-  ahead.item = blockIdx.x;
-  ahead.find(a);
-  Cursor now = ahead;
-  uint4* const nowhere = raw + RG_RAW_SLOTS * kRawUnits;
+  const int warp = thread / 32, lane = thread % 32;
+  raw += warp * (RG_RAW_SLOTS * kRawUnits);
+  arrived += warp * RG_RAW_SLOTS;
+  uint4* const nowhere = raw + (RG_LOAD_WARPS - warp) * (RG_RAW_SLOTS * kRawUnits);
+  Cursor now;
+  now.item = blockIdx.x;
+  now.find(a);
+  // Lane 0 tells the copy engine what comes next, RG_RAW_SLOTS boxes ahead.
+  Cursor ahead = now;
+  int ahead_box = warp;
   auto bring = [&](int slot) {
     if (!ahead.valid) return;
-    const int box = ahead.round, chunk = box % kRowChunks, ph = box / kRowChunks % RG_NPH;
-    const int d_row = box / (kRowChunks * RG_NPH) % kRowsD, pw = box / (kRowChunks * RG_NPH * kRowsD);
+    const Box box(ahead_box);
     barrier_expect(arrived + slot, kRawUnits * 16);
-    copy_box(raw + slot * kRawUnits, a.map, (ahead.w0 + rg_planes_w[pw]) & -kColumnsOfUnit,
-             ahead.h0 + rg_planes_h[ph] + chunk * (RG_RAW_ROWS * RG_SRC_H),
-             ahead.d0 + rg_planes_d[d_row / RG_JD] + d_row % RG_JD * RG_SRC_D, ahead.first_channel + ahead.channel,
-             ahead.image, arrived + slot);
-    ahead.advance(a, kRawBoxes);
+    copy_box(raw + slot * kRawUnits, a.map, (ahead.w0 + rg_planes_w[box.pw]) & -kColumnsOfUnit,
+             ahead.h0 + rg_planes_h[box.ph] + box.chunk * (RG_RAW_ROWS * RG_SRC_H),
+             ahead.d0 + rg_planes_d[box.d_row / RG_JD] + box.d_row % RG_JD * RG_SRC_D,
+             ahead.first_channel + ahead.channel + box.part * (RG_RAW_UNITS * kPerUnit), ahead.image, arrived + slot);
+    ahead_box += RG_LOAD_WARPS;
+    if (ahead_box >= kRawBoxes) {
+      ahead_box = warp;
+      ahead.advance(a, 1);
+    }
   };
-  if (thread == 0)
+  if (lane == 0 && warp < kRawBoxes)
     for (int slot = 0; slot < RG_RAW_SLOTS; ++slot) bring(slot);
   RingPlace<RG_STAGES> at;
   RingPlace<RG_RAW_SLOTS> raw_at;
-  while (now.valid) {
-    if (now.round == 0) barrier_wait(empty + at.stage, at.parity ^ 1);
-    const int chunk = now.round % kRowChunks, plane = now.round / kRowChunks;  // of RG_JH rows
-    barrier_wait(arrived + raw_at.stage, raw_at.parity);
-    const int left = RG_JH - chunk * RG_RAW_ROWS;
-    const int early = (now.w0 + rg_planes_w[plane / (RG_NPH * kRowsD)]) & (kColumnsOfUnit - 1);
-    turn_box(raw + raw_at.stage * kRawUnits,
-             tiles + at.stage * kStageUnits + (plane * RG_JH + chunk * RG_RAW_ROWS) * RG_JW, nowhere,
-             left < RG_RAW_ROWS ? left : RG_RAW_ROWS, early, thread);
-    loaders_barrier();
-    if (thread == 0) bring(raw_at.stage);
-    raw_at.advance();
-    if (now.round == kRawBoxes - 1) {
-      barrier_arrive(full + at.stage);
-      at.advance();
+  for (; now.valid; now.advance(a, 1)) {
+    barrier_wait(empty + at.stage, at.parity ^ 1);
+    uint4* const tile = tiles + at.stage * kStageUnits;
+#pragma unroll 1
+    for (int index = warp; index < kRawBoxes; index += RG_LOAD_WARPS) {
+      const Box box(index);
+      const int left = RG_JH - box.chunk * RG_RAW_ROWS, early = (now.w0 + rg_planes_w[box.pw]) & (kColumnsOfUnit - 1);
+      uint4* const to = tile + box.part * (RG_RAW_UNITS * kPlane) + box.pw * (kRows * RG_JW) +
+                        (box.d_row * kRowsH + box.ph * RG_JH + box.chunk * RG_RAW_ROWS) * RG_JW;
+      barrier_wait(arrived + raw_at.stage, raw_at.parity);
+      turn_box(raw + raw_at.stage * kRawUnits, to, nowhere, left < RG_RAW_ROWS ? left : RG_RAW_ROWS, early, lane);
+      __syncwarp();
+      if (lane == 0) bring(raw_at.stage);
+      raw_at.advance();
     }
-    now.advance(a, kRawBoxes);
+    barrier_arrive(full + at.stage);
+    at.advance();
   }
 }

@@ -40,7 +40,7 @@ constexpr int kMaxStages = 4;     // of positions
 constexpr int kWeightStageBytes = 8192;  // of one row block
 constexpr int kLeastWeightStages = 3, kMostWeightStages = 8, kMostStayingStages = 40;
 constexpr int kMostElementStride = 8;  // of the copy engine
-constexpr int64_t kRawBoxBytes = 9216, kRawBytes = 25600, kMostRawSlots = 6;  // rows under way, see ring_gemm_rows_sm90.cuh
+constexpr int64_t kRawBytes = 28672, kMostRawSlots = 4;  // rows under way, see ring_gemm_rows_sm90.cuh
 constexpr int64_t kMostBox = 256;      // positions along a side
 constexpr std::size_t kMostPackedBytes = std::size_t{256} << 20;  // of a copy of the source
 constexpr int64_t kMostElements = int64_t{1} << 31;  // offsets within an image are 32-bit
@@ -80,7 +80,7 @@ struct Geometry {
   bool tensor = false, packed = false;  // the copy engine stages tiles; from a packed copy of the source
   int box = 0;                          // positions of a box, rounded up to 8
   bool rows = false;  // the copy engine brings rows of channels, which the loading warps turn
-  int raw_wide = 0, raw_rows = 0, raw_slots = 0;  // of a box of them: units, rows; places
+  int raw_wide = 0, raw_rows = 0, raw_units = 0, raw_slots = 0;  // of a box: 16-byte columns, rows, channels; places
   int slots = 0, stages = 0, entries_per_stage = 1, stage_pitch = 0, sum_words = 0;
   int weight_stages = 0, part = 8;  // part: columns of the sums that are handed over at once
   bool weights_stay = false;
@@ -305,12 +305,16 @@ bool lay_out(const Problem& problem, const Device& device, const Config& config,
     if (g.rows) {
       const int64_t unit = 16 / static_cast<int64_t>(size_of(problem.dtype));
       g.raw_wide = static_cast<int>(ceil_div(g.staged[2].length + unit - 1, unit) | 1);
-      const int64_t row_bytes = int64_t{config.block_k / 4} * unit * g.raw_wide * 16;
-      g.raw_rows = static_cast<int>(std::clamp<int64_t>((kRawBoxBytes / row_bytes - 1) | 1, 1, (g.staged[1].length - 1) | 1));
-      g.raw_slots = static_cast<int>(std::clamp<int64_t>(kRawBytes / (row_bytes * g.raw_rows), 2, kMostRawSlots));
+      const int64_t most = kRawBytes / config.stages / 2, row = unit * g.raw_wide * 16;  // of a box; of a unit of channels
+      g.raw_units = config.block_k / 4;
+      while (g.raw_units > 1 && g.raw_units * row > most) g.raw_units /= 2;
+      g.raw_rows = static_cast<int>(
+          std::clamp<int64_t>((most / (g.raw_units * row) - 1) | 1, 1, (g.staged[1].length - 1) | 1));
+      const int64_t box_bytes = g.raw_units * row * g.raw_rows;
+      g.raw_slots = static_cast<int>(std::clamp<int64_t>(2 * most / box_bytes, 2, kMostRawSlots));
       const int64_t wide = (g.raw_wide * unit - 1) * g.source_step[2] + 1;
       if (wide > kMostBox || (g.raw_rows - 1) * g.source_step[1] + 1 > kMostBox) return false;
-      fixed = std::max(fixed, g.raw_slots * row_bytes * g.raw_rows + 16);
+      fixed = std::max(fixed, config.stages * g.raw_slots * box_bytes + 16);
     }
     fixed += 4 * rows + 128;  // the place of the boxes is aligned
   }
@@ -574,6 +578,7 @@ std::vector<Unit> units(const Step& step) {
   define("RG_ROWS", g.rows ? 1 : 0);
   define("RG_RAW_WIDE", g.raw_wide);
   define("RG_RAW_ROWS", g.raw_rows);
+  define("RG_RAW_UNITS", g.raw_units);
   define("RG_RAW_SLOTS", g.raw_slots);
   define("RG_ROW_GROUPS", g.row_groups);
   define("RG_PART", g.part);
@@ -684,8 +689,7 @@ TensorView view_of(const Problem& problem, const Config& config, const Geometry&
 }
 
 // Rows of a contiguous tensor, for a chunk of channels.
-TensorView rows_of(const Problem& problem, const Config& config, const Geometry& g, const void* first,
-                   const long long (&stride)[4]) {
+TensorView rows_of(const Problem& problem, const Geometry& g, const void* first, const long long (&stride)[4]) {
   const int size = static_cast<int>(size_of(problem.dtype)), unit = 16 / size;
   TensorView view;
   view.first = first;
@@ -697,7 +701,7 @@ TensorView rows_of(const Problem& problem, const Config& config, const Geometry&
   view.step[0] = g.source_step[2], view.step[1] = g.source_step[1];
   view.box[0] = (g.raw_wide * unit - 1) * view.step[0] + 1;
   view.box[1] = (g.raw_rows - 1) * view.step[1] + 1;
-  view.box[3] = config.block_k / 4 * unit;
+  view.box[3] = g.raw_units * unit;
   return view;
 }
 
@@ -784,7 +788,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   } else if (g.rows && address % 16 == 0 && g.source_size[2] * static_cast<int64_t>(size_of(problem.dtype)) % 16 == 0 &&
              (problem.groups == 1 || g.words % step.config.block_k == 0) && has_tensor_maps()) {
     args.tensor = 1;
-    args.map = tensor_map(rows_of(problem, step.config, g, args.source, args.source_stride));
+    args.map = tensor_map(rows_of(problem, g, args.source, args.source_stride));
   }
   void* pointers[] = {&args};
   launch(*ready.functions[0], {static_cast<unsigned>(std::min<int64_t>(ready.items, step.device.multiprocessors))},

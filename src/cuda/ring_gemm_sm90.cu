@@ -311,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
   unsigned* const weights = reinterpret_cast<unsigned*>(shared + RG_STAGES * kStageUnits);
   float* const sums = reinterpret_cast<float*>(weights + RG_WEIGHT_STAGES * kWeightStageWords);
 #if RG_ROWS
-  __shared__ Barrier arrived[RG_RAW_SLOTS];  // boxes
+  __shared__ Barrier arrived[RG_LOAD_WARPS * RG_RAW_SLOTS];  // boxes
 #endif
 #if !RG_TENSOR
   __shared__ int reaches[kRows];
@@ -333,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
       barrier_init(weights_empty + s, 8);
     }
 #if RG_ROWS
-    for (int s = 0; s < RG_RAW_SLOTS; ++s) barrier_init(arrived + s, 1);
+    for (int s = 0; s < RG_LOAD_WARPS * RG_RAW_SLOTS; ++s) barrier_init(arrived + s, 1);
 #endif
     for (int w = 0; w < 2; ++w) {
       barrier_init(sums_full + w, 128);
