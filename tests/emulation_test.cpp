@@ -198,7 +198,8 @@ INSTANTIATE_TEST_SUITE_P(Cases, Emulation,
                                          Case{"2d b2 c24>40 i15x24 t3x3 s2 p1 op1 bf16 grad_input", "64x64x16,s7,w20"},
                                          Case{"3d c32>32 i4x8x12 t3x3x3 s2 p1 op1 grad_input tf32", "64x32x8,s7,w20"},
                                          Case{"2d b2 g2 c64>32 i16x20 t3x3 tf32 | bias", "64x64x32,s3,w20"},
-                                         Case{"1d b5 c64>64 i64 t5 d2 tf32", "64x120x16,s3,w20"},
+                                         Case{"1d b5 c64>64 i64 t5 d2 tf32", "64x120x32,s3,w20"},
+                                         Case{"1d b2 c64>64 i256 t3 tf32", "64x120x32,s7,w20"},
                                          // two row blocks at the same positions; the last one alone
                                          Case{"2d c32>160 i9x20 t3x3 tf32 | bias", "64x120x16,s3,w20,k2"},
                                          // the copy engine: as the tensor is, from a copy, gathered, stepped, in parts
