@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "cpu/pairs.h"
 #include "cpu/rows.h"
 
 namespace tconv::cpu {
@@ -49,9 +50,9 @@ void channel_tile(const ChannelTile<S>& tile) {
       for (int v = 0; v < Vectors; ++v) vector[v] = load(at + v * kLanes<S>);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
-        const Vec<S> value = splat(scalar[r][b]);
+        const Vec<S> value = broadcast(scalar[r] + b);
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sum[r][v] += vector[v] * value;
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = multiply_add<S>(sum[r][v], vector[v], value);
       }
     }
   }

@@ -33,8 +33,9 @@ struct PhaseGemmTask {
   void* result;
   std::int64_t source_size[3], result_size[3];
   std::int64_t source_step[3], result_step[3];
-  // Tiles of the grid
+  // Tiles of the grid; small grids hold several samples, whose planes follow each other
   std::int64_t grid[3], tile[3], tiles[3];
+  std::int64_t samples, sample_tiles, sample_pitch;
   std::int64_t m_chunk, m_chunks;  // result channels of one item, a multiple of the register tile
   // Staged planes
   std::int64_t first_shift[3];      // shift of the planes' first row and column

@@ -54,14 +54,16 @@ int lanes_of(Isa target, bool f64) {
 // What the tile search needs to know about the layer.
 struct Layer {
   std::int64_t grid[3], range[3], result_step[3];
-  double phases, planes, taps, k, m, batch_groups;
+  double phases, planes, taps, k, m;
+  std::int64_t batch, groups;
   int lanes, cores, register_m;
   double element_bytes, l2_bytes;
   bool channels_last;
 };
 
 // Cycles of one core for one tile; the constants are fitted on a Zen 5 core with AVX-512.
-double tile_cycles(const Layer& layer, const std::int64_t* tile, double m) {
+double tile_cycles(const Layer& layer, const std::int64_t* tile, std::int64_t samples, double m) {
+  const double count = static_cast<double>(samples);
   double plane = 1;
   for (int dim = 0; dim < 3; ++dim) plane *= static_cast<double>(tile[dim] + layer.range[dim]);
   const double pitch_h = static_cast<double>(tile[2] + layer.range[2]);
@@ -69,11 +71,12 @@ double tile_cycles(const Layer& layer, const std::int64_t* tile, double m) {
   const double one = static_cast<double>(tile[1] - 1) * pitch_h + static_cast<double>(tile[2]);
   const double whole = static_cast<double>(tile[0] - 1) * slice + one;
   const double vectors =
-      std::min(static_cast<double>(tile[0]) * std::ceil(one / layer.lanes), std::ceil(whole / layer.lanes));
-  const double positions = static_cast<double>(tile[0] * tile[1] * tile[2]);
+      std::min({count * static_cast<double>(tile[0]) * std::ceil(one / layer.lanes),
+                count * std::ceil(whole / layer.lanes), std::ceil(((count - 1) * plane + whole) / layer.lanes)});
+  const double positions = count * static_cast<double>(tile[0] * tile[1] * tile[2]);
   const double rows =
-      layer.k * layer.planes * static_cast<double>((tile[0] + layer.range[0]) * (tile[1] + layer.range[1]));
-  const double staged = layer.k * layer.planes * plane;
+      count * layer.k * layer.planes * static_cast<double>((tile[0] + layer.range[0]) * (tile[1] + layer.range[1]));
+  const double staged = count * layer.k * layer.planes * plane;
   double stage = rows * 14 + staged / layer.lanes * (layer.planes > 1 ? 4 : 2.5);
   if (layer.channels_last) stage = rows * 14 + staged * 1.2;
   const double bytes = staged * layer.element_bytes;
@@ -87,11 +90,17 @@ double tile_cycles(const Layer& layer, const std::int64_t* tile, double m) {
   const double multiply = vectors * layer.taps * layer.k * m * per_fma * spill * thin;
   const double calls = layer.phases * std::ceil(m / layer.register_m) * std::ceil(vectors / 3);
   const double result_rows =
-      layer.phases * m * static_cast<double>(tile[0] * tile[1]) / static_cast<double>(layer.result_step[2]);
+      layer.phases * m * count * static_cast<double>(tile[0] * tile[1]) / static_cast<double>(layer.result_step[2]);
+  // Weights that the second cache level cannot keep from tile to tile.
+  const double weights = layer.taps * layer.k * m * layer.element_bytes;
+  const double stream = weights + bytes > layer.l2_bytes ? weights / 16 : 0;
   double store = result_rows * 16 + layer.phases * m * positions / layer.lanes * 4;
   if (layer.channels_last) store = layer.phases * m * positions * 1.0;
-  return 300 + stage + multiply + calls * 20 + store;
+  return 300 + stage + multiply + stream + calls * 20 + store;
 }
+
+// Grids of more positions fill a tile alone.
+constexpr std::int64_t kFewPositions = 4096;
 
 std::vector<std::int64_t> tile_candidates(std::int64_t extent, std::int64_t multiple) {
   std::vector<std::int64_t> sizes;
@@ -107,30 +116,39 @@ std::vector<std::int64_t> tile_candidates(std::int64_t extent, std::int64_t mult
 void choose_tile(const Layer& layer, Geometry& geometry) {
   PhaseGemmTask& task = geometry.task;
   double best = HUGE_VAL;
+  auto consider = [&](const std::int64_t* tile, std::int64_t samples) {
+    double items = static_cast<double>((layer.batch + samples - 1) / samples * layer.groups);
+    double plane = layer.k * layer.planes * layer.element_bytes * static_cast<double>(samples);
+    for (int dim = 0; dim < 3; ++dim) {
+      items *= static_cast<double>((layer.grid[dim] + tile[dim] - 1) / tile[dim]);
+      plane *= static_cast<double>(tile[dim] + layer.range[dim]);
+    }
+    const bool least = samples == 1 && tile[2] <= layer.lanes && tile[1] == 1 && tile[0] == 1;
+    if (plane > 3.0 * layer.l2_bytes && !least) return;
+    for (std::int64_t chunks = 1; chunks <= 16; chunks *= 2) {
+      const std::int64_t blocks = (static_cast<std::int64_t>(layer.m) + layer.register_m - 1) / layer.register_m;
+      if (chunks > blocks) break;
+      const double chunk = static_cast<double>((blocks + chunks - 1) / chunks * layer.register_m);
+      const double cycles = tile_cycles(layer, tile, samples, std::min(chunk, layer.m));
+      const double rounds = std::ceil(items * static_cast<double>(chunks) / layer.cores);
+      const double critical = rounds * cycles;
+      if (critical >= best) continue;
+      best = critical;
+      geometry.critical_cycles = critical;
+      geometry.cycles = items * static_cast<double>(chunks) * cycles;
+      std::copy_n(tile, 3, task.tile);
+      task.samples = samples;
+      task.m_chunk = static_cast<std::int64_t>(chunk);
+    }
+  };
   for (std::int64_t w : tile_candidates(layer.grid[2], layer.lanes))
     for (std::int64_t h : tile_candidates(layer.grid[1], 1))
       for (std::int64_t d : tile_candidates(layer.grid[0], 1)) {
         const std::int64_t tile[3] = {d, h, w};
-        double items = layer.batch_groups, plane = layer.k * layer.planes * layer.element_bytes;
-        for (int dim = 0; dim < 3; ++dim) {
-          items *= static_cast<double>((layer.grid[dim] + tile[dim] - 1) / tile[dim]);
-          plane *= static_cast<double>(tile[dim] + layer.range[dim]);
-        }
-        if (plane > 3.0 * layer.l2_bytes && (w > layer.lanes || h > 1 || d > 1)) continue;
-        for (std::int64_t chunks = 1; chunks <= 16; chunks *= 2) {
-          const std::int64_t blocks = (static_cast<std::int64_t>(layer.m) + layer.register_m - 1) / layer.register_m;
-          if (chunks > blocks) break;
-          const double chunk = static_cast<double>((blocks + chunks - 1) / chunks * layer.register_m);
-          const double cycles = tile_cycles(layer, tile, std::min(chunk, layer.m));
-          const double rounds = std::ceil(items * static_cast<double>(chunks) / layer.cores);
-          const double critical = rounds * cycles;
-          if (critical >= best) continue;
-          best = critical;
-          geometry.critical_cycles = critical;
-          geometry.cycles = items * static_cast<double>(chunks) * cycles;
-          std::copy_n(tile, 3, task.tile);
-          task.m_chunk = static_cast<std::int64_t>(chunk);
-        }
+        consider(tile, 1);
+        if (w < layer.grid[2] || h < layer.grid[1] || d < layer.grid[0] || w * h * d > kFewPositions) continue;
+        for (std::int64_t samples : tile_candidates(layer.batch, 1))
+          if (samples > 1) consider(tile, samples);
       }
 }
 
@@ -141,7 +159,7 @@ void choose_grad_weight_tile(const Layer& layer, Geometry& geometry) {
     for (std::int64_t h : tile_candidates(layer.grid[1], 1))
       for (std::int64_t d : tile_candidates(layer.grid[0], 1)) {
         const std::int64_t tile[3] = {d, h, w};
-        double items = layer.batch_groups, plane = 1;
+        double items = static_cast<double>(layer.batch * layer.groups), plane = 1;
         for (int dim = 0; dim < 3; ++dim) {
           items *= static_cast<double>((layer.grid[dim] + tile[dim] - 1) / tile[dim]);
           plane *= static_cast<double>(tile[dim] + layer.range[dim]);
@@ -161,6 +179,7 @@ void choose_grad_weight_tile(const Layer& layer, Geometry& geometry) {
         geometry.cycles = total;
         geometry.critical_cycles = total / layer.cores;
         std::copy_n(tile, 3, geometry.task.tile);
+        geometry.task.samples = 1;
         geometry.task.m_chunk = static_cast<std::int64_t>(layer.m);
       }
 }
@@ -221,7 +240,8 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   layer.taps = static_cast<double>(task.num_taps);
   layer.k = static_cast<double>(task.rows);
   layer.m = static_cast<double>(std::max<std::int64_t>(1, task.m));
-  layer.batch_groups = static_cast<double>(problem.batch * problem.groups);
+  layer.batch = std::max<std::int64_t>(1, problem.batch);
+  layer.groups = problem.groups;
   layer.lanes = lanes_of(target, f64);
   layer.cores = std::max(1, device.cores);
   layer.register_m = target >= Isa::avx512 ? 8 : 4;
@@ -233,14 +253,14 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   else
     choose_tile(layer, *geometry);
 
-  std::int64_t items = task.batch * task.groups;
   for (int dim = 0; dim < 3; ++dim) {
     task.tiles[dim] = (task.grid[dim] + task.tile[dim] - 1) / task.tile[dim];
     task.plane[dim] = task.tile[dim] + range[dim];
-    items *= task.tiles[dim];
   }
   task.m_chunks = task.m == 0 ? 0 : (task.m + task.m_chunk - 1) / task.m_chunk;
-  task.plane_pitch = task.plane[0] * task.plane[1] * task.plane[2];
+  task.sample_pitch = task.plane[0] * task.plane[1] * task.plane[2];
+  task.sample_tiles = (task.batch + task.samples - 1) / task.samples;
+  task.plane_pitch = task.samples * task.sample_pitch;
   // Off multiples of 16 elements: planes one page apart would share cache sets.
   task.plane_pitch = (task.plane_pitch + 15) / 16 * 16 + 16;
 
@@ -420,7 +440,8 @@ void launch_phase_gemm(const Step& step, const Tensors& tensors, Stream stream, 
   task.num_pre = static_cast<int>(epilogue.pre.size());
   task.ops = ops.data() + task.num_pre;
   task.num_ops = static_cast<int>(epilogue.ops.size());
-  const std::int64_t items = task.batch * task.groups * task.tiles[0] * task.tiles[1] * task.tiles[2] * task.m_chunks;
+  const std::int64_t items =
+      task.sample_tiles * task.groups * task.tiles[0] * task.tiles[1] * task.tiles[2] * task.m_chunks;
   const std::int64_t scratch_bytes = loops.scratch_bytes(task);
   parallel_for(items, threads, [&](std::int64_t item) { loops.run(task, item, thread_scratch(scratch_bytes)); });
 }
