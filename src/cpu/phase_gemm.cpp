@@ -126,10 +126,10 @@ Place place_of(const PhaseGemmTask& task, int64_t item) {
     place.n[dim] = min_of(task.tile[dim], task.grid[dim] - place.q0[dim]);
     item /= task.tiles[dim];
   }
-  place.g = item % task.groups;
-  place.b = item / task.groups * task.samples;
+  const int64_t group_items = task.groups / task.item_groups;
+  place.g = item % group_items * task.item_groups;
+  place.b = item / group_items * task.samples;
   place.samples = min_of(task.samples, task.batch - place.b);
-  place.source_channel = place.g * task.k;
   place.m0 = chunk * task.m_chunk;
   place.m1 = min_of(task.m, place.m0 + task.m_chunk);
   return place;
@@ -325,9 +325,7 @@ void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>
 }
 
 template <class S>
-void run_typed(const PhaseGemmTask& task, int64_t item, void* scratch) {
-  const Place place = place_of(task, item);
-  const Buffers<S> buffers = carve<S>(task, scratch);
+void run_group(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers) {
   for (int64_t sample = 0; sample < place.samples; ++sample) {
     Place one = place;
     Buffers<S> of_sample = buffers;
@@ -349,6 +347,16 @@ void run_typed(const PhaseGemmTask& task, int64_t item, void* scratch) {
           store_block(task, place, buffers, sample, m0, block, phase_d, phase_h);
       }
     m0 += block;
+  }
+}
+
+template <class S>
+void run_typed(const PhaseGemmTask& task, int64_t item, void* scratch) {
+  Place place = place_of(task, item);
+  const Buffers<S> buffers = carve<S>(task, scratch);
+  for (int64_t i = 0; i < task.item_groups; ++i, ++place.g) {
+    place.source_channel = place.g * task.k;
+    run_group<S>(task, place, buffers);
   }
 }
 

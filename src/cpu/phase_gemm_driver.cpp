@@ -6,18 +6,13 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/element.h"
+#include "cpu/operands.h"
 #include "cpu/parallel.h"
 #include "cpu/phase_gemm.h"
-#include "lattice.h"
+#include "cpu/taps.h"
 
 namespace tconv::cpu {
 namespace {
-
-// A tap of one dimension: which phases and which shift (phase_gemm.h).
-struct DimTap {
-  int tap, result_phase, source_phase, shift;
-};
 
 struct Geometry {
   PhaseGemmTask task{};
@@ -28,23 +23,6 @@ struct Geometry {
   double cycles = 0;           // of one core, predicted, all items
   double critical_cycles = 0;  // of the busiest core
 };
-
-std::vector<DimTap> dim_taps(const Problem& problem, int dim) {
-  std::vector<DimTap> taps;
-  const std::int64_t s = problem.stride[dim];
-  if (problem.direction == Direction::forward) {
-    const LatticeDim table = lattice(problem, dim);
-    for (int r = 0; r < static_cast<int>(s); ++r)
-      for (const Tap& tap : table.phases[static_cast<std::size_t>(r)]) taps.push_back({tap.tap, r, 0, tap.shift});
-    return taps;
-  }
-  for (int t = 0; t < static_cast<int>(problem.kernel[dim]); ++t) {
-    const std::int64_t offset = problem.dilation[dim] * t - problem.padding[dim];
-    const std::int64_t r = (offset % s + s) % s;
-    taps.push_back({t, 0, static_cast<int>(r), static_cast<int>((offset - r) / s)});
-  }
-  return taps;
-}
 
 int lanes_of(Isa target, bool f64) {
   const int bytes = target >= Isa::avx512 ? 64 : target >= Isa::avx2 ? 32 : 16;
@@ -258,6 +236,10 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
     task.plane[dim] = task.tile[dim] + range[dim];
   }
   task.m_chunks = task.m == 0 ? 0 : (task.m + task.m_chunk - 1) / task.m_chunk;
+  // The groups of a channels_last position share cache lines: they stay with one core while there are tiles for all.
+  const std::int64_t tiles =
+      (task.batch + task.samples - 1) / task.samples * task.tiles[0] * task.tiles[1] * task.tiles[2];
+  task.item_groups = layer.channels_last && tiles >= 4 * layer.cores ? task.groups : 1;
   task.sample_pitch = task.plane[0] * task.plane[1] * task.plane[2];
   task.sample_tiles = (task.batch + task.samples - 1) / task.samples;
   task.plane_pitch = task.samples * task.sample_pitch;
@@ -307,9 +289,8 @@ std::size_t round_up(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 // Packed weights, the bias and channel operands, in this order.
 std::size_t workspace_bytes(const Problem& problem, const Epilogue& epilogue) {
   const std::size_t element = problem.dtype == DType::f64 ? 8 : 4;
-  std::size_t bytes = round_up(static_cast<std::size_t>(weight_elements(problem)) * element + 64);
-  bytes += (1 + epilogue.ops.size()) * round_up(static_cast<std::size_t>(problem.out_channels) * element);
-  return bytes;
+  return round_up(static_cast<std::size_t>(weight_elements(problem)) * element + 64) +
+         operand_bytes(problem, epilogue, 0);
 }
 
 // Returns whether every weight is finite.
@@ -339,7 +320,7 @@ bool pack_weights(const Problem& problem, const Geometry& geometry, const void* 
 
 }  // namespace
 
-Fit fit_phase_gemm(const Problem& problem, const Epilogue& epilogue, const Device& device, Isa target) {
+Fit refuse_gemm(const Problem& problem, const Epilogue& epilogue, const Device& device, Isa target) {
   Fit fit;
   if (problem.direction != Direction::forward && problem.direction != Direction::grad_input) {
     fit.refusal = "computes forward and grad_input only";
@@ -365,8 +346,13 @@ Fit fit_phase_gemm(const Problem& problem, const Epilogue& epilogue, const Devic
     if (!epilogue.pre.empty())
       fit.refusal = "cannot apply an operation to the input without rounding its result to bf16";
     if (k % 2 != 0) fit.refusal = "an odd number of source channels per group, " + std::to_string(k);
-    if (!fit.refusal.empty()) return fit;
   }
+  return fit;
+}
+
+Fit fit_phase_gemm(const Problem& problem, const Epilogue& epilogue, const Device& device, Isa target) {
+  Fit fit = refuse_gemm(problem, epilogue, device, target);
+  if (!fit.refusal.empty()) return fit;
   const int norm = norm_index(epilogue);
   fit.fused_ops = norm < 0 ? static_cast<int>(epilogue.ops.size()) : norm;
   fit.fused_pre = true;
@@ -404,7 +390,6 @@ void launch_phase_gemm(const Step& step, const Tensors& tensors, Stream stream, 
     workspace = own_workspace.data() + (64 - reinterpret_cast<std::uintptr_t>(own_workspace.data()) % 64);
   }
   const std::size_t element = problem.dtype == DType::f64 ? 8 : 4;
-  const DType arithmetic = problem.dtype == DType::f64 ? DType::f64 : DType::f32;
   task.weight = workspace;
   workspace += round_up(static_cast<std::size_t>(weight_elements(problem)) * element + 64);
   const bool finite = pack_weights(problem, *geometry, tensors.weight, const_cast<void*>(task.weight), threads, loops);
@@ -413,35 +398,14 @@ void launch_phase_gemm(const Step& step, const Tensors& tensors, Stream stream, 
   task.source = forward ? tensors.input : tensors.grad_output;
   task.result = tensors.output;
   task.result_dtype = epilogue.output_dtype.value_or(problem.dtype);
-  auto channel_values = [&](const void* source, DType dtype) -> const void* {
-    void* values = workspace;
-    workspace += round_up(static_cast<std::size_t>(problem.out_channels) * element);
-    if (dtype == arithmetic) return source;
-    for (std::int64_t c = 0; c < problem.out_channels; ++c)
-      store_element(values, arithmetic, c, load_element(source, dtype, c));
-    return values;
-  };
-  if (epilogue.bias) task.bias = channel_values(tensors.bias, problem.dtype);
-  std::vector<PhaseOp> ops;
-  ops.reserve(epilogue.pre.size() + epilogue.ops.size());
-  for (const Op& op : epilogue.pre) ops.push_back({op.kind, OperandKind::none, op.a, op.b, nullptr});
-  for (int index = 0; index < static_cast<int>(epilogue.ops.size()); ++index) {
-    const Op& op = epilogue.ops[index];
-    PhaseOp entry{op.kind, operand_kind(op.kind), op.a, op.b, nullptr};
-    const void* operand =
-        entry.operand == OperandKind::none ? nullptr : tensors.operands[operand_offset(epilogue, index)];
-    if (entry.operand == OperandKind::channel)
-      entry.values = channel_values(operand, epilogue.operand_dtype.value_or(problem.dtype));
-    else
-      entry.values = operand;
-    ops.push_back(entry);
-  }
-  task.pre = ops.data();
-  task.num_pre = static_cast<int>(epilogue.pre.size());
-  task.ops = ops.data() + task.num_pre;
-  task.num_ops = static_cast<int>(epilogue.ops.size());
-  const std::int64_t items =
-      task.sample_tiles * task.groups * task.tiles[0] * task.tiles[1] * task.tiles[2] * task.m_chunks;
+  const Operands operands = take_operands(problem, epilogue, tensors, workspace, 0);
+  task.bias = operands.bias;
+  task.pre = operands.pre.data();
+  task.num_pre = static_cast<int>(operands.pre.size());
+  task.ops = operands.ops.data();
+  task.num_ops = static_cast<int>(operands.ops.size());
+  const std::int64_t items = task.sample_tiles * (task.groups / task.item_groups) * task.tiles[0] * task.tiles[1] *
+                             task.tiles[2] * task.m_chunks;
   const std::int64_t scratch_bytes = loops.scratch_bytes(task);
   parallel_for(items, threads, [&](std::int64_t item) { loops.run(task, item, thread_scratch(scratch_bytes)); });
 }
