@@ -250,13 +250,14 @@ void multiply(const PhaseGemmTask& task, const Place& place, const Buffers<S>& b
     each_piece([&](int64_t, int64_t h0, int64_t h1, int64_t count) { cut += cost(run_length(h1 - h0), count); });
     if (cost(whole, num_taps) <= place.samples * cut) return multiply_run(0, whole, nullptr, num_taps);
   }
-  each_piece([&](int64_t d, int64_t h0, int64_t h1, int64_t) {
-    int64_t count = 0;
-    for (int64_t tap = 0; tap < num_taps; ++tap)
-      if (reads(tap, 0, d, d + 1) && reads(tap, 1, h0, h1)) buffers.taps[count++] = static_cast<int>(tap);
-    for (int64_t sample = 0; sample < place.samples; ++sample)
+  // In the order of the positions: a run's last vector may reach into the next one's.
+  for (int64_t sample = 0; sample < place.samples; ++sample)
+    each_piece([&](int64_t d, int64_t h0, int64_t h1, int64_t) {
+      int64_t count = 0;
+      for (int64_t tap = 0; tap < num_taps; ++tap)
+        if (reads(tap, 0, d, d + 1) && reads(tap, 1, h0, h1)) buffers.taps[count++] = static_cast<int>(tap);
       multiply_run(sample * task.sample_pitch + d * slice + h0 * width, run_length(h1 - h0), buffers.taps, count);
-  });
+    });
 }
 
 // Interleaves the width phases of a block of result channels, applies the operations and stores the rows.
