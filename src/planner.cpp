@@ -363,21 +363,41 @@ std::shared_ptr<const Plan> find(std::size_t key, const Problem& problem, const 
 
 // ---- running ----
 
-// Workspace for CPU callers that give none.
+// Workspace for CPU callers that give none. Up to kKept bytes stay with the thread: given back and taken again in turns
+// with PyTorch's own buffers, the 8 MB of packed weights of a vocoder's layer cost 1.3 ms of page clearing in 8.
 class Buffer {
  public:
-  explicit Buffer(std::size_t bytes) : data_(std::aligned_alloc(kAlignment, align(bytes))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-    prefer_huge_pages(data_, bytes);
+  explicit Buffer(std::size_t bytes) {
+    if (kept_.size >= bytes) {
+      std::swap(block_, kept_);
+      return;
+    }
+    const std::size_t unit = bytes >= kHugePage ? kHugePage : kAlignment;
+    block_.size = (bytes + unit - 1) / unit * unit;
+    block_.data.reset(std::aligned_alloc(unit, block_.size));
+    if (block_.data == nullptr) throw std::bad_alloc();
+    prefer_huge_pages(block_.data.get(), block_.size);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-  void* data() const { return data_; }
+  ~Buffer() {
+    if (block_.size <= kKept && block_.size > kept_.size) std::swap(block_, kept_);
+  }
+  void* data() const { return block_.data.get(); }
 
  private:
-  void* data_;
+  struct Free {
+    void operator()(void* data) const { std::free(data); }
+  };
+  struct Block {
+    std::unique_ptr<void, Free> data;
+    std::size_t size = 0;
+  };
+  static constexpr std::size_t kHugePage = 2 << 20, kKept = 16 << 20;
+  static thread_local Block kept_;
+  Block block_;
 };
+thread_local Buffer::Block Buffer::kept_;
 
 std::size_t result_bytes(const Step& step) {
   const Problem& problem = step.problem;

@@ -6,7 +6,9 @@
 //           sums that stay for a whole run of positions; nothing is reduced across lanes, and a run may be short. A tap
 //           is an offset into the staged grad_output, whatever the stride. Tiles belong to at most 32 parts that depend
 //           on the problem only; parts are added in order, in double.
-// Refuses   Other directions; targets above the machine's.
+//           For avx512_bf16 a staged word holds two positions, and one instruction adds both products: the input's words
+//           are those of positions (0, 1), (2, 3) ..., grad_output's overlap, (0, 1), (1, 2) ..., because a tap may be odd.
+// Refuses   Other directions; targets above the machine's. For avx512_bf16 other dtypes and a pre-activation.
 // Reads as  channel_rows.h has the register tile, channel_gemm_grad_weight_driver.cpp chooses tiles, chunks and parts.
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/channel_gemm_grad_weight.h"
@@ -105,6 +107,28 @@ struct Work {
     return finite;
   }
 
+  // Makes words of two positions from single ones, in place: each row's (side 0), each row's phases' (side 1).
+  void make_pairs(int side) {
+    if constexpr (kPairs && sizeof(S) == sizeof(float)) {
+      const int64_t* extent = side == 0 ? n : raw;
+      const int64_t split = side == 0 ? n[2] : raw[2] / task.stride[2], phases = extent[2] / split, width = pitch[side];
+      for (int64_t at = 0; at < samples * extent[0] * extent[1]; ++at) {
+        const int64_t h = at % extent[1], d = at / extent[1] % extent[0];
+        if (side == 1 && !(task.used[0][d] && task.used[1][h])) continue;
+        for (int64_t phase = 0; phase < phases; ++phase) {
+          S* row = buffers.staged[side] + (at * extent[2] + phase * split) * width;
+          if (side == 1) {
+            pack_pairs(row, row + width, (split - 1) * width, row);
+            pack_pairs(row + (split - 1) * width, nullptr, width, row + (split - 1) * width);
+          } else {
+            for (int64_t q = 0; q < split; q += 2)
+              pack_pairs(row + q * width, q + 1 < split ? row + (q + 1) * width : nullptr, width, row + q / 2 * width);
+          }
+        }
+      }
+    }
+  }
+
   void find_runs() {
     int64_t run = 0;
     for (int64_t sample = 0; sample < samples; ++sample)
@@ -132,9 +156,10 @@ struct Work {
     const int64_t vectors = (count[v] + kLanes<S> - 1) / kLanes<S>,
                   blocks = (vectors + kMostVectors - 1) / kMostVectors;
     ChannelTile<S> tile{};
-    tile.n = hi - lo;
-    tile.v_step = step[v];
-    tile.b_step = step[o];
+    const int64_t together[2] = {1, kPairs ? 2 : 1};  // staged words that a step passes
+    tile.n = kPairs ? (hi - lo + 1) / 2 : hi - lo;
+    tile.v_step = step[v] * together[v];
+    tile.b_step = step[o] * together[o];
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t v0 = block * vectors / blocks;
       const int block_vectors = static_cast<int>((block + 1) * vectors / blocks - v0);
@@ -142,9 +167,9 @@ struct Work {
                        : block_vectors == 2 ? rows_for(2)
                        : block_vectors == 3 ? rows_for(3)
                                             : rows_for(4);
-      const int64_t together = max_of(1, kRunBytes / (tile.n * block_vectors * kVecBytes));
-      for (int64_t run = 0; run < runs; run += together) {
-        tile.runs = min_of(together, runs - run);
+      const int64_t in_cache = max_of(1, kRunBytes / (tile.n * block_vectors * kVecBytes));
+      for (int64_t run = 0; run < runs; run += in_cache) {
+        tile.runs = min_of(in_cache, runs - run);
         tile.run_v = buffers.run[v] + run;
         tile.run_b = buffers.run[o] + run;
         auto product = [&](const S* vector, const S* scalar, int64_t rows, const int64_t* offset, S* const* sums) {
@@ -187,6 +212,10 @@ struct Work {
         hi[dim] = max_of(lo[dim], left <= 0 ? 0 : min_of(n[dim], (left + task.stride[dim] - 1) / task.stride[dim]));
       }
       if (lo[2] == hi[2]) continue;
+      if constexpr (kPairs && sizeof(S) == sizeof(float)) {
+        multiply_singly(tap, lo, hi);
+        continue;
+      }
       int64_t runs = 0;
       for (int64_t sample = 0; sample < samples; ++sample)
         for (int64_t d = lo[0]; d < hi[0]; ++d)
@@ -197,6 +226,26 @@ struct Work {
           }
       multiply(tap, tap + 1, runs, lo[2], hi[2]);
     }
+  }
+
+  // One tap of unpaired values, one position at a time: a pair may reach beyond the bounds.
+  void multiply_singly(int64_t tap, const int64_t* lo, const int64_t* hi) {
+    const int v = task.vector_side, o = 1 - v;
+    const int64_t offset = tap_offset(tap), lanes = round_up(count[v], kLanes<S>);
+    for (int64_t sample = 0; sample < samples; ++sample)
+      for (int64_t d = lo[0]; d < hi[0]; ++d)
+        for (int64_t h = lo[1]; h < hi[1]; ++h)
+          for (int64_t w = lo[2]; w < hi[2]; ++w) {
+            const S* at[2] = {
+                buffers.staged[0] + (((sample * n[0] + d) * n[1] + h) * n[2] + w) * pitch[0],
+                buffers.staged[1] + offset +
+                    (((sample * raw[0] + d * task.stride[0]) * raw[1] + h * task.stride[1]) * raw[2] + w) * pitch[1]};
+            for (int64_t c = 0; c < count[o]; ++c) {
+              S* sums = buffers.sums[tap * count[o] + c];
+              for (int64_t lane = 0; lane < lanes; lane += kLanes<S>)
+                store(sums + lane, load(sums + lane) + load(at[v] + lane) * splat(at[o][c]));
+            }
+          }
   }
 
   void run_tile(int64_t index) {
@@ -210,8 +259,8 @@ struct Work {
     }
     b = rest * task.samples;
     samples = min_of(task.samples, task.batch - b);
-    const bool finite = stage(0);
-    stage(1);
+    bool finite = stage(0);
+    finite &= stage(1) || !kPairs || n[2] % 2 == 0;  // the last of an odd number is paired with a zero
     const int o = 1 - task.vector_side;
     for (int64_t tap = 0; tap < task.num_taps; ++tap)
       for (int64_t c = 0; c < count[o]; ++c) {
@@ -220,6 +269,8 @@ struct Work {
             partial + ((first[o] + c) * task.num_taps + tap) * task.pitch + first[task.vector_side];
       }
     if (!finite) return multiply_exactly();
+    make_pairs(0);
+    make_pairs(1);
     find_runs();
     multiply(0, task.num_taps, samples * n[0] * n[1], 0, n[2]);
   }
@@ -275,7 +326,7 @@ void merge_typed(const ChannelGradWeightTask& task, int64_t item, void* result) 
 }
 
 void run(const ChannelGradWeightTask& task, int64_t item, void* scratch) {
-  task.dtype == DType::f64 ? run_typed<double>(task, item, scratch) : run_typed<float>(task, item, scratch);
+  task.dtype == DType::f64 && !kPairs ? run_typed<double>(task, item, scratch) : run_typed<float>(task, item, scratch);
 }
 int64_t scratch_bytes(const ChannelGradWeightTask& task) {
   return task.dtype == DType::f64 ? carve<double>(task, nullptr).bytes : carve<float>(task, nullptr).bytes;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "cpu/channel_gemm_grad_weight.h"
@@ -171,12 +172,13 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
     raw *= rows;
   }
   const bool transposed = problem.layout == Layout::contiguous;
+  const double together = target == Isa::avx512_bf16 ? 2 : 1;  // positions in a word
   const double stage =
       (positions * static_cast<double>(pitch_of(task, 0)) + raw * static_cast<double>(pitch_of(task, 1))) *
-      (transposed ? 9.0 : 3.0) / static_cast<double>(task.lanes);
+      ((transposed ? 9.0 : 3.0) + together - 1) / static_cast<double>(task.lanes);
   const std::int64_t rows = v == 0 ? task.chunk[o] * task.num_taps : task.chunk[o];
   const double multiply = positions * position_cycles(rows, ceil_div(task.chunk[v], task.lanes), target) *
-                          (v == 0 ? 1.0 : static_cast<double>(task.num_taps)) * 1.1;
+                          (v == 0 ? 1.0 : static_cast<double>(task.num_taps)) * 1.1 / together;
   const double tiles_of_part = std::ceil(static_cast<double>(task.num_tiles) / static_cast<double>(task.parts));
   const double item = tiles_of_part * (500 + stage + multiply);
   const double items = static_cast<double>(task.parts * task.groups * task.chunks[0] * task.chunks[1]);
@@ -206,6 +208,13 @@ Fit fit_channel_grad_weight(const Problem& problem, const Epilogue& epilogue, co
   if (device.isa < target) {
     fit.refusal = "needs an instruction set that this machine lacks";
     return fit;
+  }
+  if (target == Isa::avx512_bf16) {
+    if (problem.dtype != DType::bf16)
+      fit.refusal = "multiplies bf16 only, not " + std::string(to_string(problem.dtype));
+    if (!epilogue.pre.empty())
+      fit.refusal = "cannot apply an operation to the input without rounding its result to bf16";
+    if (!fit.refusal.empty()) return fit;
   }
   fit.fused_pre = true;
   fit.fused_ops = static_cast<int>(epilogue.ops.size());

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "cpu/pairs.h"
 #include "cpu/rows.h"
 
 namespace tconv::cpu {
@@ -20,6 +21,7 @@ constexpr int rows_for(int vectors) { return vectors == 3 ? 4 : vectors == 2 ? 5
 constexpr int kMostRows = 8;
 
 // sum[r][v] (+)= sum over runs and i < n of vector[run_v + i * v_step][v] * scalar[run_b + offset[r] + i * b_step].
+// Depthwise: lane by lane, with scalar[... + v] in place of a broadcast.
 template <class S>
 struct ChannelTile {
   const S *vector, *scalar;
@@ -30,7 +32,7 @@ struct ChannelTile {
   const S* start;         // one value per lane for every row; null: the sums go on from what is there
 };
 
-template <class S, int Rows, int Vectors>
+template <class S, int Rows, int Vectors, bool Depthwise>
 void channel_tile(const ChannelTile<S>& tile) {
   Vec<S> sum[Rows][Vectors];
 #pragma GCC unroll 8
@@ -49,9 +51,14 @@ void channel_tile(const ChannelTile<S>& tile) {
       for (int v = 0; v < Vectors; ++v) vector[v] = load(at + v * kLanes<S>);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
-        const Vec<S> value = splat(scalar[r][b]);
+        if constexpr (Depthwise) {
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sum[r][v] += vector[v] * value;
+          for (int v = 0; v < Vectors; ++v) sum[r][v] += vector[v] * load(scalar[r] + b + v * kLanes<S>);
+        } else {
+          const Vec<S> value = broadcast(scalar[r] + b);
+#pragma GCC unroll 4
+          for (int v = 0; v < Vectors; ++v) sum[r][v] = multiply_add<S>(sum[r][v], vector[v], value);
+        }
       }
     }
   }
@@ -64,34 +71,34 @@ void channel_tile(const ChannelTile<S>& tile) {
 template <class S>
 using ChannelTileFunction = void (*)(const ChannelTile<S>&);
 
-template <class S, int Vectors>
+template <class S, int Vectors, bool Depthwise>
 ChannelTileFunction<S> channel_tile_function(int rows) {
   constexpr int kMost = rows_for(Vectors);
   switch (rows) {
     case 1:
-      return channel_tile<S, 1, Vectors>;
+      return channel_tile<S, 1, Vectors, Depthwise>;
     case 2:
-      return channel_tile<S, 2, Vectors>;
+      return channel_tile<S, 2, Vectors, Depthwise>;
     case 3:
-      return channel_tile<S, 3, Vectors>;
+      return channel_tile<S, 3, Vectors, Depthwise>;
     case 4:
-      return channel_tile<S, 4, Vectors>;
+      return channel_tile<S, 4, Vectors, Depthwise>;
     case 5:
-      return channel_tile < S, kMost < 5 ? kMost : 5, Vectors > ;
+      return channel_tile < S, kMost < 5 ? kMost : 5, Vectors, Depthwise > ;
     case 6:
-      return channel_tile < S, kMost < 6 ? kMost : 6, Vectors > ;
+      return channel_tile < S, kMost < 6 ? kMost : 6, Vectors, Depthwise > ;
     case 7:
-      return channel_tile < S, kMost < 7 ? kMost : 7, Vectors > ;
+      return channel_tile < S, kMost < 7 ? kMost : 7, Vectors, Depthwise > ;
     default:
-      return channel_tile<S, kMost, Vectors>;
+      return channel_tile<S, kMost, Vectors, Depthwise>;
   }
 }
-template <class S>
+template <class S, bool Depthwise = false>
 ChannelTileFunction<S> channel_tile_function(int rows, int vectors) {
-  return vectors == 1   ? channel_tile_function<S, 1>(rows)
-         : vectors == 2 ? channel_tile_function<S, 2>(rows)
-         : vectors == 3 ? channel_tile_function<S, 3>(rows)
-                        : channel_tile_function<S, kMostVectors>(rows);
+  return vectors == 1   ? channel_tile_function<S, 1, Depthwise>(rows)
+         : vectors == 2 ? channel_tile_function<S, 2, Depthwise>(rows)
+         : vectors == 3 ? channel_tile_function<S, 3, Depthwise>(rows)
+                        : channel_tile_function<S, kMostVectors, Depthwise>(rows);
 }
 
 // A box of a tensor: positions [first, first + extent) per dimension, zero outside the tensor, of one sample.

@@ -1,8 +1,8 @@
-// parallel.h — a small thread pool: items of a fixed partition, taken dynamically by the threads at hand.
+// parallel.h — items of a fixed partition, taken dynamically by the threads at hand.
 //
-// Not OpenMP: a process that also holds PyTorch would run two OpenMP runtimes. Workers spin shortly, then sleep; a fork
-// leaves the child with a pool of its own; a caller that finds the pool busy runs its items alone. What an item computes
-// must depend on its number only, so results never depend on the number of threads.
+// In a process that holds an OpenMP runtime, as PyTorch's do, its threads; never a second runtime. Elsewhere, and in the
+// child of a fork, a small pool: workers spin shortly, then sleep; a caller that finds the pool busy runs its items alone.
+// What an item computes must depend on its number only, so results never depend on the number of threads.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

@@ -30,27 +30,6 @@ constexpr int kRegisterM = 4;
 constexpr int vectors_for(int m) { return m == 4 ? 3 : m == 2 ? 5 : 8; }
 #endif
 
-// sum += plane * weight; for pairs of bf16 two products each, exact and added in fp32.
-template <class S>
-TCONV_INLINE Vec<S> multiply_add(Vec<S> sum, Vec<S> plane, Vec<S> weight) {
-#if defined(__AVX512BF16__)
-  if constexpr (sizeof(S) == sizeof(float))
-    return bits_of<VecF>(_mm512_dpbf16_ps(bits_of<__m512>(sum), bits_of<__m512bh>(plane), bits_of<__m512bh>(weight)));
-#endif
-  return sum + plane * weight;
-}
-template <class S>
-TCONV_INLINE Vec<S> broadcast(const S* p) {
-#if defined(__AVX512BF16__)
-  if constexpr (sizeof(S) == sizeof(float)) {
-    int32_t word;
-    memcpy(&word, p, sizeof word);
-    return bits_of<VecF>(VecI{} + word);
-  }
-#endif
-  return splat(*p);
-}
-
 // One register tile: c[m][v] = bias[m] + sum over taps and k of w[tap][k][m] * x[offset[tap] + k * k_pitch + v], over all
 // taps or the listed ones.
 // Masked: a product counts only where the mask, laid out as one plane, is not zero.
@@ -147,9 +126,10 @@ Place place_of(const PhaseGemmTask& task, int64_t item) {
     place.n[dim] = min_of(task.tile[dim], task.grid[dim] - place.q0[dim]);
     item /= task.tiles[dim];
   }
-  place.g = item % task.groups;
-  place.b = item / task.groups;
-  place.source_channel = place.g * task.k;
+  const int64_t group_items = task.groups / task.item_groups;
+  place.g = item % group_items * task.item_groups;
+  place.b = item / group_items * task.samples;
+  place.samples = min_of(task.samples, task.batch - place.b);
   place.m0 = chunk * task.m_chunk;
   place.m1 = min_of(task.m, place.m0 + task.m_chunk);
   return place;
@@ -174,7 +154,7 @@ Buffers<S> carve(const PhaseGemmTask& task, void* scratch) {
   };
   const int64_t block = min_of(kRegisterM, task.m);
   constexpr int64_t kSlack = 9 * kLanes<S>;  // a register tile may reach this far beyond the last position
-  buffers.sums_pitch = round_up(task.plane[0] * task.plane[1] * task.plane[2], kLanes<S>) + kLanes<S>;
+  buffers.sums_pitch = round_up(task.samples * task.sample_pitch, kLanes<S>) + kLanes<S>;
   buffers.row_pitch = round_up((task.tile[2] + kLanes<S>)*task.result_step[2], kLanes<S>);
   buffers.planes = take(task.num_planes * task.rows * task.plane_pitch + kSlack);
   buffers.mask = take(task.masked ? task.num_planes * task.plane_pitch + kSlack : 0);
@@ -224,49 +204,69 @@ void multiply(const PhaseGemmTask& task, const Place& place, const Buffers<S>& b
   for (int64_t tap = 0; all && tap < num_taps; ++tap)
     for (int dim = 0; dim < 2; ++dim)
       all = all && reads(tap, dim, 0, 1) && reads(tap, dim, place.n[dim] - 1, place.n[dim]);
+  auto vectors_of = [](int64_t length) { return (length + kLanes<S> - 1) / kLanes<S>; };
+  // One run over all samples, one for each or one for each depth, whichever computes the fewest vectors.
+  const int64_t of_depth = run_length(place.n[1]), of_sample = (place.n[0] - 1) * slice + of_depth;
+  const int64_t whole = (place.samples - 1) * task.sample_pitch + of_sample;
   if (all) {
-    // Either one run over the whole tile, or one for each depth, whichever computes fewer vectors.
-    const int64_t whole = (place.n[0] - 1) * slice + run_length(place.n[1]);
-    if (place.n[0] * round_up(run_length(place.n[1]), kLanes<S>) < round_up(whole, kLanes<S>)) {
-      for (int64_t d = 0; d < place.n[0]; ++d) multiply_run(d * slice, run_length(place.n[1]), nullptr, num_taps);
-    } else {
-      multiply_run(0, whole, nullptr, num_taps);
+    const int64_t each = min_of(vectors_of(of_sample), place.n[0] * vectors_of(of_depth));
+    if (vectors_of(whole) <= place.samples * each) return multiply_run(0, whole, nullptr, num_taps);
+    for (int64_t sample = 0; sample < place.samples; ++sample) {
+      const int64_t start = sample * task.sample_pitch;
+      if (vectors_of(of_sample) <= each) {
+        multiply_run(start, of_sample, nullptr, num_taps);
+        continue;
+      }
+      for (int64_t d = 0; d < place.n[0]; ++d) multiply_run(start + d * slice, of_depth, nullptr, num_taps);
     }
     return;
   }
   // At the source's edge: runs of rows, cut where leaving taps out saves more than whole vectors cost. A third of the
   // products of a 5 x 7 x 9 kernel without padding on 16 x 32 positions lies beyond the edge.
-  for (int64_t d = 0; d < place.n[0]; ++d) {
-    auto count_taps = [&](int64_t h0, int64_t h1) {
-      int64_t count = 0;
-      for (int64_t tap = 0; tap < num_taps; ++tap) count += reads(tap, 0, d, d + 1) && reads(tap, 1, h0, h1);
-      return count;
-    };
-    auto cost = [&](int64_t h0, int64_t h1, int64_t count) {
-      return (run_length(h1 - h0) + kLanes<S> - 1) / kLanes<S> * (count + 1);
-    };
-    for (int64_t h0 = 0, h1; h0 < place.n[1]; h0 = h1) {
-      h1 = h0 + 1;
-      for (int64_t count = count_taps(h0, h1); h1 < place.n[1]; ++h1) {
-        const int64_t joined = count_taps(h0, h1 + 1);
-        if (cost(h0, h1 + 1, joined) > cost(h0, h1, count) + cost(h1, h1 + 1, count_taps(h1, h1 + 1))) break;
-        count = joined;
+  auto cost = [&](int64_t length, int64_t count) { return vectors_of(length) * (count + 1); };
+  auto each_piece = [&](auto&& piece) {
+    for (int64_t d = 0; d < place.n[0]; ++d) {
+      auto count_taps = [&](int64_t h0, int64_t h1) {
+        int64_t count = 0;
+        for (int64_t tap = 0; tap < num_taps; ++tap) count += reads(tap, 0, d, d + 1) && reads(tap, 1, h0, h1);
+        return count;
+      };
+      for (int64_t h0 = 0, h1; h0 < place.n[1]; h0 = h1) {
+        h1 = h0 + 1;
+        int64_t count = count_taps(h0, h1);
+        for (; h1 < place.n[1]; ++h1) {
+          const int64_t joined = count_taps(h0, h1 + 1);
+          if (cost(run_length(h1 + 1 - h0), joined) >
+              cost(run_length(h1 - h0), count) + cost(run_length(1), count_taps(h1, h1 + 1)))
+            break;
+          count = joined;
+        }
+        piece(d, h0, h1, count);
       }
+    }
+  };
+  if (place.samples > 1) {  // samples can be joined with all taps only
+    int64_t cut = 0;
+    each_piece([&](int64_t, int64_t h0, int64_t h1, int64_t count) { cut += cost(run_length(h1 - h0), count); });
+    if (cost(whole, num_taps) <= place.samples * cut) return multiply_run(0, whole, nullptr, num_taps);
+  }
+  // In the order of the positions: a run's last vector may reach into the next one's.
+  for (int64_t sample = 0; sample < place.samples; ++sample)
+    each_piece([&](int64_t d, int64_t h0, int64_t h1, int64_t) {
       int64_t count = 0;
       for (int64_t tap = 0; tap < num_taps; ++tap)
         if (reads(tap, 0, d, d + 1) && reads(tap, 1, h0, h1)) buffers.taps[count++] = static_cast<int>(tap);
-      multiply_run(d * slice + h0 * width, run_length(h1 - h0), buffers.taps, count);
-    }
-  }
+      multiply_run(sample * task.sample_pitch + d * slice + h0 * width, run_length(h1 - h0), buffers.taps, count);
+    });
 }
 
 // Interleaves the width phases of a block of result channels, applies the operations and stores the rows.
 template <class S>
-void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers, int64_t m0, int block,
-                 int64_t phase_d, int64_t phase_h) {
+void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers, int64_t sample, int64_t m0,
+                 int block, int64_t phase_d, int64_t phase_h) {
   const int64_t channels = task.groups * task.m, c0 = place.g * task.m + m0, step = task.result_step[2];
   const int64_t positions = task.result_size[0] * task.result_size[1] * task.result_size[2];
-  const int64_t column = step * place.q0[2];
+  const int64_t column = step * place.q0[2], b = place.b + sample;
   const int64_t width = min_of(step * place.n[2], task.result_size[2] - column);
   for (int64_t d = 0; d < place.n[0]; ++d) {
     const int64_t rd = task.result_step[0] * (place.q0[0] + d) + phase_d;
@@ -276,9 +276,10 @@ void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>
       if (rh >= task.result_size[1]) break;
       const int64_t position = (rd * task.result_size[1] + rh) * task.result_size[2] + column;
       for (int m = 0; m < block; ++m) {
-        const S* from = buffers.sums + m * buffers.sums_pitch + (d * task.plane[1] + h) * task.plane[2];
+        const S* from = buffers.sums + m * buffers.sums_pitch + sample * task.sample_pitch +
+                        (d * task.plane[1] + h) * task.plane[2];
         S* row = buffers.rows + m * buffers.row_pitch;
-        const int64_t start = (place.b * channels + c0 + m) * positions + position;
+        const int64_t start = (b * channels + c0 + m) * positions + position;
         if (step == 1 && task.num_ops == 0 && task.layout == Layout::contiguous) {
           store_row(from, task.result, task.result_dtype, start, width);
           continue;
@@ -300,8 +301,7 @@ void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>
                 load_row(op.values, task.dtype, start + x, n, values);
               } else {
                 for (int64_t i0 = 0; i0 < n; ++i0) {
-                  load_row(op.values, task.dtype, (place.b * positions + position + x + i0) * channels + c0 + m, 1,
-                           element);
+                  load_row(op.values, task.dtype, (b * positions + position + x + i0) * channels + c0 + m, 1, element);
                   values[i0] = element[0];
                 }
               }
@@ -319,17 +319,22 @@ void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>
       }
       if (task.layout == Layout::channels_last) {
         store_transposed(buffers.rows, buffers.row_pitch, task.result, task.result_dtype,
-                         (place.b * positions + position) * channels + c0, channels, block, width);
+                         (b * positions + position) * channels + c0, channels, block, width);
       }
     }
   }
 }
 
 template <class S>
-void run_typed(const PhaseGemmTask& task, int64_t item, void* scratch) {
-  const Place place = place_of(task, item);
-  const Buffers<S> buffers = carve<S>(task, scratch);
-  stage_planes<S>(task, place, buffers);
+void run_group(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers) {
+  for (int64_t sample = 0; sample < place.samples; ++sample) {
+    Place one = place;
+    Buffers<S> of_sample = buffers;
+    one.b += sample;
+    of_sample.planes += sample * task.sample_pitch;
+    of_sample.mask += sample * task.sample_pitch;
+    stage_planes<S>(task, one, of_sample);
+  }
   const int64_t* step = task.result_step;
   for (int64_t m0 = place.m0; m0 < place.m1;) {
     int block = kRegisterM;
@@ -339,9 +344,20 @@ void run_typed(const PhaseGemmTask& task, int64_t item, void* scratch) {
         for (int64_t phase_w = 0; phase_w < step[2]; ++phase_w)
           multiply(task, place, buffers, m0, block, static_cast<int>((phase_d * step[1] + phase_h) * step[2] + phase_w),
                    buffers.sums + phase_w * block * buffers.sums_pitch);
-        store_block(task, place, buffers, m0, block, phase_d, phase_h);
+        for (int64_t sample = 0; sample < place.samples; ++sample)
+          store_block(task, place, buffers, sample, m0, block, phase_d, phase_h);
       }
     m0 += block;
+  }
+}
+
+template <class S>
+void run_typed(const PhaseGemmTask& task, int64_t item, void* scratch) {
+  Place place = place_of(task, item);
+  const Buffers<S> buffers = carve<S>(task, scratch);
+  for (int64_t i = 0; i < task.item_groups; ++i, ++place.g) {
+    place.source_channel = place.g * task.k;
+    run_group<S>(task, place, buffers);
   }
 }
 

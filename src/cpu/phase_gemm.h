@@ -33,9 +33,11 @@ struct PhaseGemmTask {
   void* result;
   std::int64_t source_size[3], result_size[3];
   std::int64_t source_step[3], result_step[3];
-  // Tiles of the grid
+  // Tiles of the grid; small grids hold several samples, whose planes follow each other
   std::int64_t grid[3], tile[3], tiles[3];
+  std::int64_t samples, sample_tiles, sample_pitch;
   std::int64_t m_chunk, m_chunks;  // result channels of one item, a multiple of the register tile
+  std::int64_t item_groups;        // groups of one item, one after the other
   // Staged planes
   std::int64_t first_shift[3];      // shift of the planes' first row and column
   std::int64_t plane[3];            // extents of a plane
@@ -76,6 +78,8 @@ struct PhaseGemmLoops {
   std::int64_t (*scratch_bytes)(const PhaseGemmTask&);
 };
 
+// Why no kernel of this target computes it, for the kernels of forward and grad_input.
+Fit refuse_gemm(const Problem&, const Epilogue&, const Device&, Isa target);
 Fit fit_phase_gemm(const Problem&, const Epilogue&, const Device&, Isa target);
 void prepare_phase_gemm(Step&, Isa target);
 void launch_phase_gemm(const Step&, const Tensors&, Stream, const PhaseGemmLoops&);

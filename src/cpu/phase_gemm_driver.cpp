@@ -6,18 +6,13 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/element.h"
+#include "cpu/operands.h"
 #include "cpu/parallel.h"
 #include "cpu/phase_gemm.h"
-#include "lattice.h"
+#include "cpu/taps.h"
 
 namespace tconv::cpu {
 namespace {
-
-// A tap of one dimension: which phases and which shift (phase_gemm.h).
-struct DimTap {
-  int tap, result_phase, source_phase, shift;
-};
 
 struct Geometry {
   PhaseGemmTask task{};
@@ -29,23 +24,6 @@ struct Geometry {
   double critical_cycles = 0;  // of the busiest core
 };
 
-std::vector<DimTap> dim_taps(const Problem& problem, int dim) {
-  std::vector<DimTap> taps;
-  const std::int64_t s = problem.stride[dim];
-  if (problem.direction == Direction::forward) {
-    const LatticeDim table = lattice(problem, dim);
-    for (int r = 0; r < static_cast<int>(s); ++r)
-      for (const Tap& tap : table.phases[static_cast<std::size_t>(r)]) taps.push_back({tap.tap, r, 0, tap.shift});
-    return taps;
-  }
-  for (int t = 0; t < static_cast<int>(problem.kernel[dim]); ++t) {
-    const std::int64_t offset = problem.dilation[dim] * t - problem.padding[dim];
-    const std::int64_t r = (offset % s + s) % s;
-    taps.push_back({t, 0, static_cast<int>(r), static_cast<int>((offset - r) / s)});
-  }
-  return taps;
-}
-
 int lanes_of(Isa target, bool f64) {
   const int bytes = target >= Isa::avx512 ? 64 : target >= Isa::avx2 ? 32 : 16;
   return bytes / (f64 ? 8 : 4);
@@ -54,14 +32,16 @@ int lanes_of(Isa target, bool f64) {
 // What the tile search needs to know about the layer.
 struct Layer {
   std::int64_t grid[3], range[3], result_step[3];
-  double phases, planes, taps, k, m, batch_groups;
+  double phases, planes, taps, k, m;
+  std::int64_t batch, groups;
   int lanes, cores, register_m;
   double element_bytes, l2_bytes;
   bool channels_last;
 };
 
 // Cycles of one core for one tile; the constants are fitted on a Zen 5 core with AVX-512.
-double tile_cycles(const Layer& layer, const std::int64_t* tile, double m) {
+double tile_cycles(const Layer& layer, const std::int64_t* tile, std::int64_t samples, double m) {
+  const double count = static_cast<double>(samples);
   double plane = 1;
   for (int dim = 0; dim < 3; ++dim) plane *= static_cast<double>(tile[dim] + layer.range[dim]);
   const double pitch_h = static_cast<double>(tile[2] + layer.range[2]);
@@ -69,11 +49,12 @@ double tile_cycles(const Layer& layer, const std::int64_t* tile, double m) {
   const double one = static_cast<double>(tile[1] - 1) * pitch_h + static_cast<double>(tile[2]);
   const double whole = static_cast<double>(tile[0] - 1) * slice + one;
   const double vectors =
-      std::min(static_cast<double>(tile[0]) * std::ceil(one / layer.lanes), std::ceil(whole / layer.lanes));
-  const double positions = static_cast<double>(tile[0] * tile[1] * tile[2]);
+      std::min({count * static_cast<double>(tile[0]) * std::ceil(one / layer.lanes),
+                count * std::ceil(whole / layer.lanes), std::ceil(((count - 1) * plane + whole) / layer.lanes)});
+  const double positions = count * static_cast<double>(tile[0] * tile[1] * tile[2]);
   const double rows =
-      layer.k * layer.planes * static_cast<double>((tile[0] + layer.range[0]) * (tile[1] + layer.range[1]));
-  const double staged = layer.k * layer.planes * plane;
+      count * layer.k * layer.planes * static_cast<double>((tile[0] + layer.range[0]) * (tile[1] + layer.range[1]));
+  const double staged = count * layer.k * layer.planes * plane;
   double stage = rows * 14 + staged / layer.lanes * (layer.planes > 1 ? 4 : 2.5);
   if (layer.channels_last) stage = rows * 14 + staged * 1.2;
   const double bytes = staged * layer.element_bytes;
@@ -87,11 +68,17 @@ double tile_cycles(const Layer& layer, const std::int64_t* tile, double m) {
   const double multiply = vectors * layer.taps * layer.k * m * per_fma * spill * thin;
   const double calls = layer.phases * std::ceil(m / layer.register_m) * std::ceil(vectors / 3);
   const double result_rows =
-      layer.phases * m * static_cast<double>(tile[0] * tile[1]) / static_cast<double>(layer.result_step[2]);
+      layer.phases * m * count * static_cast<double>(tile[0] * tile[1]) / static_cast<double>(layer.result_step[2]);
+  // Weights that the second cache level cannot keep from tile to tile.
+  const double weights = layer.taps * layer.k * m * layer.element_bytes;
+  const double stream = weights + bytes > layer.l2_bytes ? weights / 16 : 0;
   double store = result_rows * 16 + layer.phases * m * positions / layer.lanes * 4;
   if (layer.channels_last) store = layer.phases * m * positions * 1.0;
-  return 300 + stage + multiply + calls * 20 + store;
+  return 300 + stage + multiply + stream + calls * 20 + store;
 }
+
+// Grids of more positions fill a tile alone.
+constexpr std::int64_t kFewPositions = 4096;
 
 std::vector<std::int64_t> tile_candidates(std::int64_t extent, std::int64_t multiple) {
   std::vector<std::int64_t> sizes;
@@ -107,30 +94,39 @@ std::vector<std::int64_t> tile_candidates(std::int64_t extent, std::int64_t mult
 void choose_tile(const Layer& layer, Geometry& geometry) {
   PhaseGemmTask& task = geometry.task;
   double best = HUGE_VAL;
+  auto consider = [&](const std::int64_t* tile, std::int64_t samples) {
+    double items = static_cast<double>((layer.batch + samples - 1) / samples * layer.groups);
+    double plane = layer.k * layer.planes * layer.element_bytes * static_cast<double>(samples);
+    for (int dim = 0; dim < 3; ++dim) {
+      items *= static_cast<double>((layer.grid[dim] + tile[dim] - 1) / tile[dim]);
+      plane *= static_cast<double>(tile[dim] + layer.range[dim]);
+    }
+    const bool least = samples == 1 && tile[2] <= layer.lanes && tile[1] == 1 && tile[0] == 1;
+    if (plane > 3.0 * layer.l2_bytes && !least) return;
+    for (std::int64_t chunks = 1; chunks <= 16; chunks *= 2) {
+      const std::int64_t blocks = (static_cast<std::int64_t>(layer.m) + layer.register_m - 1) / layer.register_m;
+      if (chunks > blocks) break;
+      const double chunk = static_cast<double>((blocks + chunks - 1) / chunks * layer.register_m);
+      const double cycles = tile_cycles(layer, tile, samples, std::min(chunk, layer.m));
+      const double rounds = std::ceil(items * static_cast<double>(chunks) / layer.cores);
+      const double critical = rounds * cycles;
+      if (critical >= best) continue;
+      best = critical;
+      geometry.critical_cycles = critical;
+      geometry.cycles = items * static_cast<double>(chunks) * cycles;
+      std::copy_n(tile, 3, task.tile);
+      task.samples = samples;
+      task.m_chunk = static_cast<std::int64_t>(chunk);
+    }
+  };
   for (std::int64_t w : tile_candidates(layer.grid[2], layer.lanes))
     for (std::int64_t h : tile_candidates(layer.grid[1], 1))
       for (std::int64_t d : tile_candidates(layer.grid[0], 1)) {
         const std::int64_t tile[3] = {d, h, w};
-        double items = layer.batch_groups, plane = layer.k * layer.planes * layer.element_bytes;
-        for (int dim = 0; dim < 3; ++dim) {
-          items *= static_cast<double>((layer.grid[dim] + tile[dim] - 1) / tile[dim]);
-          plane *= static_cast<double>(tile[dim] + layer.range[dim]);
-        }
-        if (plane > 3.0 * layer.l2_bytes && (w > layer.lanes || h > 1 || d > 1)) continue;
-        for (std::int64_t chunks = 1; chunks <= 16; chunks *= 2) {
-          const std::int64_t blocks = (static_cast<std::int64_t>(layer.m) + layer.register_m - 1) / layer.register_m;
-          if (chunks > blocks) break;
-          const double chunk = static_cast<double>((blocks + chunks - 1) / chunks * layer.register_m);
-          const double cycles = tile_cycles(layer, tile, std::min(chunk, layer.m));
-          const double rounds = std::ceil(items * static_cast<double>(chunks) / layer.cores);
-          const double critical = rounds * cycles;
-          if (critical >= best) continue;
-          best = critical;
-          geometry.critical_cycles = critical;
-          geometry.cycles = items * static_cast<double>(chunks) * cycles;
-          std::copy_n(tile, 3, task.tile);
-          task.m_chunk = static_cast<std::int64_t>(chunk);
-        }
+        consider(tile, 1);
+        if (w < layer.grid[2] || h < layer.grid[1] || d < layer.grid[0] || w * h * d > kFewPositions) continue;
+        for (std::int64_t samples : tile_candidates(layer.batch, 1))
+          if (samples > 1) consider(tile, samples);
       }
 }
 
@@ -141,7 +137,7 @@ void choose_grad_weight_tile(const Layer& layer, Geometry& geometry) {
     for (std::int64_t h : tile_candidates(layer.grid[1], 1))
       for (std::int64_t d : tile_candidates(layer.grid[0], 1)) {
         const std::int64_t tile[3] = {d, h, w};
-        double items = layer.batch_groups, plane = 1;
+        double items = static_cast<double>(layer.batch * layer.groups), plane = 1;
         for (int dim = 0; dim < 3; ++dim) {
           items *= static_cast<double>((layer.grid[dim] + tile[dim] - 1) / tile[dim]);
           plane *= static_cast<double>(tile[dim] + layer.range[dim]);
@@ -161,6 +157,7 @@ void choose_grad_weight_tile(const Layer& layer, Geometry& geometry) {
         geometry.cycles = total;
         geometry.critical_cycles = total / layer.cores;
         std::copy_n(tile, 3, geometry.task.tile);
+        geometry.task.samples = 1;
         geometry.task.m_chunk = static_cast<std::int64_t>(layer.m);
       }
 }
@@ -221,7 +218,8 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   layer.taps = static_cast<double>(task.num_taps);
   layer.k = static_cast<double>(task.rows);
   layer.m = static_cast<double>(std::max<std::int64_t>(1, task.m));
-  layer.batch_groups = static_cast<double>(problem.batch * problem.groups);
+  layer.batch = std::max<std::int64_t>(1, problem.batch);
+  layer.groups = problem.groups;
   layer.lanes = lanes_of(target, f64);
   layer.cores = std::max(1, device.cores);
   layer.register_m = target >= Isa::avx512 ? 8 : 4;
@@ -233,14 +231,18 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   else
     choose_tile(layer, *geometry);
 
-  std::int64_t items = task.batch * task.groups;
   for (int dim = 0; dim < 3; ++dim) {
     task.tiles[dim] = (task.grid[dim] + task.tile[dim] - 1) / task.tile[dim];
     task.plane[dim] = task.tile[dim] + range[dim];
-    items *= task.tiles[dim];
   }
   task.m_chunks = task.m == 0 ? 0 : (task.m + task.m_chunk - 1) / task.m_chunk;
-  task.plane_pitch = task.plane[0] * task.plane[1] * task.plane[2];
+  // The groups of a channels_last position share cache lines: they stay with one core while there are tiles for all.
+  const std::int64_t tiles =
+      (task.batch + task.samples - 1) / task.samples * task.tiles[0] * task.tiles[1] * task.tiles[2];
+  task.item_groups = layer.channels_last && tiles >= 4 * layer.cores ? task.groups : 1;
+  task.sample_pitch = task.plane[0] * task.plane[1] * task.plane[2];
+  task.sample_tiles = (task.batch + task.samples - 1) / task.samples;
+  task.plane_pitch = task.samples * task.sample_pitch;
   // Off multiples of 16 elements: planes one page apart would share cache sets.
   task.plane_pitch = (task.plane_pitch + 15) / 16 * 16 + 16;
 
@@ -287,9 +289,8 @@ std::size_t round_up(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 // Packed weights, the bias and channel operands, in this order.
 std::size_t workspace_bytes(const Problem& problem, const Epilogue& epilogue) {
   const std::size_t element = problem.dtype == DType::f64 ? 8 : 4;
-  std::size_t bytes = round_up(static_cast<std::size_t>(weight_elements(problem)) * element + 64);
-  bytes += (1 + epilogue.ops.size()) * round_up(static_cast<std::size_t>(problem.out_channels) * element);
-  return bytes;
+  return round_up(static_cast<std::size_t>(weight_elements(problem)) * element + 64) +
+         operand_bytes(problem, epilogue, 0);
 }
 
 // Returns whether every weight is finite.
@@ -319,7 +320,7 @@ bool pack_weights(const Problem& problem, const Geometry& geometry, const void* 
 
 }  // namespace
 
-Fit fit_phase_gemm(const Problem& problem, const Epilogue& epilogue, const Device& device, Isa target) {
+Fit refuse_gemm(const Problem& problem, const Epilogue& epilogue, const Device& device, Isa target) {
   Fit fit;
   if (problem.direction != Direction::forward && problem.direction != Direction::grad_input) {
     fit.refusal = "computes forward and grad_input only";
@@ -345,8 +346,13 @@ Fit fit_phase_gemm(const Problem& problem, const Epilogue& epilogue, const Devic
     if (!epilogue.pre.empty())
       fit.refusal = "cannot apply an operation to the input without rounding its result to bf16";
     if (k % 2 != 0) fit.refusal = "an odd number of source channels per group, " + std::to_string(k);
-    if (!fit.refusal.empty()) return fit;
   }
+  return fit;
+}
+
+Fit fit_phase_gemm(const Problem& problem, const Epilogue& epilogue, const Device& device, Isa target) {
+  Fit fit = refuse_gemm(problem, epilogue, device, target);
+  if (!fit.refusal.empty()) return fit;
   const int norm = norm_index(epilogue);
   fit.fused_ops = norm < 0 ? static_cast<int>(epilogue.ops.size()) : norm;
   fit.fused_pre = true;
@@ -384,7 +390,6 @@ void launch_phase_gemm(const Step& step, const Tensors& tensors, Stream stream, 
     workspace = own_workspace.data() + (64 - reinterpret_cast<std::uintptr_t>(own_workspace.data()) % 64);
   }
   const std::size_t element = problem.dtype == DType::f64 ? 8 : 4;
-  const DType arithmetic = problem.dtype == DType::f64 ? DType::f64 : DType::f32;
   task.weight = workspace;
   workspace += round_up(static_cast<std::size_t>(weight_elements(problem)) * element + 64);
   const bool finite = pack_weights(problem, *geometry, tensors.weight, const_cast<void*>(task.weight), threads, loops);
@@ -393,34 +398,14 @@ void launch_phase_gemm(const Step& step, const Tensors& tensors, Stream stream, 
   task.source = forward ? tensors.input : tensors.grad_output;
   task.result = tensors.output;
   task.result_dtype = epilogue.output_dtype.value_or(problem.dtype);
-  auto channel_values = [&](const void* source, DType dtype) -> const void* {
-    void* values = workspace;
-    workspace += round_up(static_cast<std::size_t>(problem.out_channels) * element);
-    if (dtype == arithmetic) return source;
-    for (std::int64_t c = 0; c < problem.out_channels; ++c)
-      store_element(values, arithmetic, c, load_element(source, dtype, c));
-    return values;
-  };
-  if (epilogue.bias) task.bias = channel_values(tensors.bias, problem.dtype);
-  std::vector<PhaseOp> ops;
-  ops.reserve(epilogue.pre.size() + epilogue.ops.size());
-  for (const Op& op : epilogue.pre) ops.push_back({op.kind, OperandKind::none, op.a, op.b, nullptr});
-  for (int index = 0; index < static_cast<int>(epilogue.ops.size()); ++index) {
-    const Op& op = epilogue.ops[index];
-    PhaseOp entry{op.kind, operand_kind(op.kind), op.a, op.b, nullptr};
-    const void* operand =
-        entry.operand == OperandKind::none ? nullptr : tensors.operands[operand_offset(epilogue, index)];
-    if (entry.operand == OperandKind::channel)
-      entry.values = channel_values(operand, epilogue.operand_dtype.value_or(problem.dtype));
-    else
-      entry.values = operand;
-    ops.push_back(entry);
-  }
-  task.pre = ops.data();
-  task.num_pre = static_cast<int>(epilogue.pre.size());
-  task.ops = ops.data() + task.num_pre;
-  task.num_ops = static_cast<int>(epilogue.ops.size());
-  const std::int64_t items = task.batch * task.groups * task.tiles[0] * task.tiles[1] * task.tiles[2] * task.m_chunks;
+  const Operands operands = take_operands(problem, epilogue, tensors, workspace, 0);
+  task.bias = operands.bias;
+  task.pre = operands.pre.data();
+  task.num_pre = static_cast<int>(operands.pre.size());
+  task.ops = operands.ops.data();
+  task.num_ops = static_cast<int>(operands.ops.size());
+  const std::int64_t items = task.sample_tiles * (task.groups / task.item_groups) * task.tiles[0] * task.tiles[1] *
+                             task.tiles[2] * task.m_chunks;
   const std::int64_t scratch_bytes = loops.scratch_bytes(task);
   parallel_for(items, threads, [&](std::int64_t item) { loops.run(task, item, thread_scratch(scratch_bytes)); });
 }

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "cpu/pairs.h"
 #include "cpu/phase_gemm.h"
 #include "cpu/rows.h"
 
@@ -13,18 +14,11 @@ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
-// A tile: its sample, its first source channel, its first position and extents; g, m0, m1: the results of one item.
+// A tile: its samples, its first source channel, its first position and extents; g, m0, m1: the results of one item.
 struct Place {
-  int64_t b, g, m0, m1, source_channel;
+  int64_t b, samples, g, m0, m1, source_channel;
   int64_t q0[3], n[3];
 };
-
-// Whether rows are pairs of bf16 channels, in words that pass through registers as fp32 but are never computed with.
-#if defined(__AVX512BF16__)
-constexpr bool kPairs = true;
-#else
-constexpr bool kPairs = false;
-#endif
 
 // words[x] = element (index + x) in the low half, element (index + x + distance) in the high half.
 template <class S>
@@ -59,94 +53,120 @@ void zero(S* row, int64_t n) {
   if (n > 0) memset(row, 0, static_cast<size_t>(n) * sizeof(S));
 }
 
-// Fills buffers.planes (and buffers.mask: one where the plane lies inside the source) for task.k channels from
-// place.source_channel on. The rows' tails behind the staged width are undefined.
+// Lines of a row that lies `distance` bytes behind this one. Rows are short and far from each other, which the hardware
+// does not foresee: two fifths of nnU-Net's grad_input (16 wide, stride 2) were spent waiting for them.
+TCONV_INLINE void prefetch_row(const void* source, DType dtype, int64_t index, int64_t n, int64_t distance) {
+  const int64_t element = static_cast<int64_t>(size_of(dtype));
+  const char* first = static_cast<const char*>(source) + (index + distance) * element;
+  for (int64_t at = 0, bytes = min_of(n * element, 1024); at < bytes + 63; at += 64) __builtin_prefetch(first + at);
+}
+
+// Stages channels [k0, k1) of planes [first, next), which share their depth and height phase and differ in the width phase.
 template <class S, class Buffers>
-void stage_planes(const PhaseGemmTask& task, const Place& place, const Buffers& buffers) {
+void stage_block(const PhaseGemmTask& task, const Place& place, const Buffers& buffers, int first, int next, int64_t k0,
+                 int64_t k1) {
   const int64_t depth = place.n[0] + task.plane[0] - task.tile[0], height = place.n[1] + task.plane[1] - task.tile[1];
   const int64_t width = place.n[2] + task.plane[2] - task.tile[2];
   const int64_t channels = task.source_channels;
   const int64_t positions = task.source_size[0] * task.source_size[1] * task.source_size[2];
   const int64_t step = task.source_step[2];
-  // Planes come in blocks that share their depth and height phase and differ in the width phase.
-  for (int first = 0, next; first < task.num_planes; first = next) {
-    const int64_t* phase = task.plane_phase + 3 * first;
-    for (next = first + 1; next < task.num_planes; ++next)
-      if (task.plane_phase[3 * next] != phase[0] || task.plane_phase[3 * next + 1] != phase[1]) break;
-    const int64_t column = step * (place.q0[2] + task.first_shift[2]);  // of phase 0
-    const int64_t column_end = column + step * width;
-    const int64_t from = max_of(0, column), until = max_of(from, min_of(task.source_size[2], column_end));
-    auto row_at = [&](int plane, int64_t k, int64_t d, int64_t h) {
-      return buffers.planes + (plane * task.rows + k) * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
-    };
-    auto source_row = [&](int64_t d, int64_t h) -> int64_t {  // first position of a source row, or -1
-      const int64_t sd = task.source_step[0] * (place.q0[0] + task.first_shift[0] + d) + phase[0];
-      const int64_t sh = task.source_step[1] * (place.q0[1] + task.first_shift[1] + h) + phase[1];
-      if (sd < 0 || sd >= task.source_size[0] || sh < 0 || sh >= task.source_size[1]) return -1;
-      return (sd * task.source_size[1] + sh) * task.source_size[2];
-    };
-    if (task.layout == Layout::contiguous) {
-      for (int64_t k = 0; k < task.rows; ++k) {
-        const int64_t channel = (place.b * channels + place.source_channel + k * (kPairs ? 2 : 1)) * positions;
-        for (int64_t d = 0; d < depth; ++d)
-          for (int64_t h = 0; h < height; ++h) {
-            const int64_t row = source_row(d, h);
-            if (row < 0 || until == from) {
-              for (int plane = first; plane < next; ++plane) zero(row_at(plane, k, d, h), width);
-              continue;
-            }
-            S* line = step == 1 ? row_at(first, k, d, h) : buffers.line;
-            if constexpr (kPairs)
-              load_pairs(task.source, channel + row + from, positions, until - from, line + (from - column));
-            else
-              load_row(task.source, task.dtype, channel + row + from, until - from, line + (from - column));
-            if (task.num_pre) apply_pre<S>(task, line + (from - column), until - from);
-            zero(line, from - column);
-            zero(line + (until - column), column_end - until);
-            if (step == 1) continue;
-            for (int plane = first; plane < next; ++plane)
-              take_every(line + task.plane_phase[3 * plane + 2], step, width, row_at(plane, k, d, h));
-          }
-      }
-    } else {
+  const int64_t* phase = task.plane_phase + 3 * first;
+  const int64_t column = step * (place.q0[2] + task.first_shift[2]);  // of phase 0
+  const int64_t column_end = column + step * width;
+  const int64_t from = max_of(0, column), until = max_of(from, min_of(task.source_size[2], column_end));
+  auto row_at = [&](int plane, int64_t k, int64_t d, int64_t h) {
+    return buffers.planes + (plane * task.rows + k) * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
+  };
+  auto source_row = [&](int64_t d, int64_t h) -> int64_t {  // first position of a source row, or -1
+    const int64_t sd = task.source_step[0] * (place.q0[0] + task.first_shift[0] + d) + phase[0];
+    const int64_t sh = task.source_step[1] * (place.q0[1] + task.first_shift[1] + h) + phase[1];
+    if (sd < 0 || sd >= task.source_size[0] || sh < 0 || sh >= task.source_size[1]) return -1;
+    return (sd * task.source_size[1] + sh) * task.source_size[2];
+  };
+  if (task.layout == Layout::contiguous) {
+    const int64_t unit = kPairs ? 2 : 1;
+    for (int64_t k = k0; k < k1; ++k) {
+      const int64_t channel = (place.b * channels + place.source_channel + k * unit) * positions;
+      const bool ahead = k + 2 < task.rows;
       for (int64_t d = 0; d < depth; ++d)
         for (int64_t h = 0; h < height; ++h) {
           const int64_t row = source_row(d, h);
-          for (int plane = first; plane < next; ++plane) {
-            const int64_t start = column + task.plane_phase[3 * plane + 2];
-            const Span span = row < 0 ? Span{0, 0} : inside(start, step, task.source_size[2], width);
-            for (int64_t k = 0; k < task.rows; ++k) {
-              S* out = row_at(plane, k, d, h);
-              zero(out, span.lo);
-              zero(out + span.hi, width - span.hi);
-            }
-            const int64_t position = place.b * positions + row + start + step * span.lo;
-            // A pair of channels is one word, and moving words keeps their bits.
-            const int64_t unit = kPairs ? 2 : 1;
-            load_transposed(task.source, kPairs ? DType::f32 : task.dtype,
-                            (position * channels + place.source_channel) / unit, step * channels / unit, task.rows,
-                            span.hi - span.lo, row_at(plane, 0, d, h) + span.lo, task.plane_pitch);
-            if (task.num_pre == 0) continue;
-            for (int64_t k = 0; k < task.k; ++k) {  // through the line: whole vectors would reach into the zeros
-              S* out = row_at(plane, k, d, h) + span.lo;
-              memcpy(buffers.line, out, static_cast<size_t>(span.hi - span.lo) * sizeof(S));
-              apply_pre<S>(task, buffers.line, span.hi - span.lo);
-              memcpy(out, buffers.line, static_cast<size_t>(span.hi - span.lo) * sizeof(S));
-            }
+          if (row < 0 || until == from) {
+            for (int plane = first; plane < next; ++plane) zero(row_at(plane, k, d, h), width);
+            continue;
           }
+          S* line = step == 1 ? row_at(first, k, d, h) : buffers.line;
+          const int64_t index = channel + row + from;
+          if (ahead)
+            for (int64_t i = 0; i < unit; ++i)
+              prefetch_row(task.source, task.dtype, index, until - from, (2 * unit + i) * positions);
+          if constexpr (kPairs)
+            load_pairs(task.source, index, positions, until - from, line + (from - column));
+          else
+            load_row(task.source, task.dtype, index, until - from, line + (from - column));
+          if (task.num_pre) apply_pre<S>(task, line + (from - column), until - from);
+          zero(line, from - column);
+          zero(line + (until - column), column_end - until);
+          if (step == 1) continue;
+          for (int plane = first; plane < next; ++plane)
+            take_every(line + task.plane_phase[3 * plane + 2], step, width, row_at(plane, k, d, h));
         }
     }
-    if (!task.masked) continue;
-    for (int plane = first; plane < next; ++plane)
-      for (int64_t d = 0; d < depth; ++d)
-        for (int64_t h = 0; h < height; ++h) {
-          S* out = buffers.mask + plane * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
-          const Span span = source_row(d, h) < 0
-                                ? Span{0, 0}
-                                : inside(column + task.plane_phase[3 * plane + 2], step, task.source_size[2], width);
-          for (int64_t x = 0; x < width; ++x) out[x] = x >= span.lo && x < span.hi ? S(1) : S(0);
+  } else {
+    for (int64_t d = 0; d < depth; ++d)
+      for (int64_t h = 0; h < height; ++h) {
+        const int64_t row = source_row(d, h);
+        for (int plane = first; plane < next; ++plane) {
+          const int64_t start = column + task.plane_phase[3 * plane + 2];
+          const Span span = row < 0 ? Span{0, 0} : inside(start, step, task.source_size[2], width);
+          for (int64_t k = k0; k < k1; ++k) {
+            S* out = row_at(plane, k, d, h);
+            zero(out, span.lo);
+            zero(out + span.hi, width - span.hi);
+          }
+          const int64_t position = place.b * positions + row + start + step * span.lo;
+          // A pair of channels is one word, and moving words keeps their bits.
+          const int64_t unit = kPairs ? 2 : 1;
+          load_transposed(task.source, kPairs ? DType::f32 : task.dtype,
+                          (position * channels + place.source_channel) / unit + k0, step * channels / unit, k1 - k0,
+                          span.hi - span.lo, row_at(plane, k0, d, h) + span.lo, task.plane_pitch);
+          if (task.num_pre == 0) continue;
+          for (int64_t k = k0; k < k1; ++k) {  // through the line: whole vectors would reach into the zeros
+            S* out = row_at(plane, k, d, h) + span.lo;
+            memcpy(buffers.line, out, static_cast<size_t>(span.hi - span.lo) * sizeof(S));
+            apply_pre<S>(task, buffers.line, span.hi - span.lo);
+            memcpy(out, buffers.line, static_cast<size_t>(span.hi - span.lo) * sizeof(S));
+          }
         }
+      }
   }
+  if (!task.masked || k0 > 0) return;
+  for (int plane = first; plane < next; ++plane)
+    for (int64_t d = 0; d < depth; ++d)
+      for (int64_t h = 0; h < height; ++h) {
+        S* out = buffers.mask + plane * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
+        const Span span = source_row(d, h) < 0
+                              ? Span{0, 0}
+                              : inside(column + task.plane_phase[3 * plane + 2], step, task.source_size[2], width);
+        for (int64_t x = 0; x < width; ++x) out[x] = x >= span.lo && x < span.hi ? S(1) : S(0);
+      }
+}
+
+// Fills buffers.planes (and buffers.mask: one where the plane lies inside the source) for task.k channels from
+// place.source_channel on. The rows' tails behind the staged width are undefined.
+template <class S, class Buffers>
+void stage_planes(const PhaseGemmTask& task, const Place& place, const Buffers& buffers) {
+  auto blocks = [&](int64_t k0, int64_t k1) {
+    for (int first = 0, next; first < task.num_planes; first = next) {
+      const int64_t* phase = task.plane_phase + 3 * first;
+      for (next = first + 1; next < task.num_planes; ++next)
+        if (task.plane_phase[3 * next] != phase[0] || task.plane_phase[3 * next + 1] != phase[1]) break;
+      stage_block<S>(task, place, buffers, first, next, k0, k1);
+    }
+  };
+  if (task.layout != Layout::contiguous || task.num_planes == 1) return blocks(0, task.rows);
+  // All rows of a channel while they are near each other in memory, then the next channel.
+  for (int64_t k = 0; k < task.rows; ++k) blocks(k, k + 1);
 }
 
 }  // namespace

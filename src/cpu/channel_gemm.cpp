@@ -1,0 +1,359 @@
+// channel_gemm — all phases of a tile as products with the result channels along the vectors.
+//
+// Computes  forward and grad_input of channels_last tensors, any rank, parameters, groups and dtype; with pre-activation,
+//           bias and the pointwise operations in front of a normalisation.
+// Method    A tile's source is copied once as [position][channel] with zeros outside; nothing is transposed, on no side.
+//           Register tile: positions by vectors of result channels; a position's source channels are broadcast, weights
+//           are packed [tap][k][channel]. As many taps and channels as weights stay in the first cache level run over all
+//           positions of the tile, whose sums are kept in the second. Any positions fill a register tile: each has its own
+//           offset. For avx512_bf16 a pair of source channels is a word of the tensor as it is. Depthwise layers have
+//           their channels along the vectors of both sides, and an item is a block of channels.
+// Refuses   grad_weight, epilogues alone, contiguous tensors; targets above the machine's; f64 mixed with another dtype.
+//           For avx512_bf16 other dtypes, a pre-activation, an odd number of source channels per group.
+// Reads as  channel_rows.h has the register tile, channel_gemm_driver.cpp chooses tiles; here are the loops over one tile.
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/channel_gemm.h"
+
+#include "cpu/channel_rows.h"
+
+namespace tconv::cpu {
+namespace {
+
+int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
+// Weights that run over all positions of a tile: half of the first cache level.
+constexpr int64_t kWeightBytes = 20 << 10;
+
+template <class S>
+struct Buffers {
+  S *staged, *sums, *line, **at;
+  int64_t *offset, *position, *run_v, *run_b;
+  int64_t bytes;
+};
+
+template <class S>
+Buffers<S> carve(const ChannelGemmTask& task, void* scratch) {
+  Buffers<S> buffers;
+  int64_t used = 0;
+  auto take = [&](int64_t bytes) {
+    void* p = scratch ? static_cast<char*>(scratch) + used : nullptr;
+    used += round_up(bytes, 64) + 64;
+    return p;
+  };
+  auto elements = [&](int64_t n) { return static_cast<S*>(take((n + kLanes<S>)*static_cast<int64_t>(sizeof(S)))); };
+  auto indices = [&](int64_t n) { return static_cast<int64_t*>(take(n * static_cast<int64_t>(sizeof(int64_t)))); };
+  int64_t positions = task.samples, box = task.samples;
+  for (int dim = 0; dim < 3; ++dim) {
+    positions *= task.tile[dim];
+    box *= task.source_step[dim] * (task.tile[dim] + task.range[dim]);
+  }
+  buffers.staged = elements(box * task.pitch);
+  buffers.sums = elements(positions * kMostVectors * kLanes<S>);
+  buffers.line = elements(2 * kMostVectors * kLanes<S>);
+  buffers.at = static_cast<S**>(take(positions * static_cast<int64_t>(sizeof(S*))));
+  buffers.offset = indices(positions);
+  buffers.position = indices(positions);
+  buffers.run_v = indices(task.num_taps);
+  buffers.run_b = indices(task.num_taps);
+  buffers.bytes = used;
+  return buffers;
+}
+
+// One tile of one item.
+template <class S>
+struct Work {
+  const ChannelGemmTask& task;
+  Buffers<S> buffers;
+  int64_t group, b, samples, q0[3], n[3], box[3];
+
+  // Words [channel, channel + channels) of each position.
+  void stage(int64_t channel, int64_t channels) {
+    const int64_t unit = kPairs && sizeof(S) == sizeof(float) ? 2 : 1;
+    ChannelBox source{};
+    source.source = task.source;
+    source.dtype = unit == 2 ? DType::f32 : task.dtype;
+    source.layout = Layout::channels_last;
+    source.channels = task.source_channels / unit;
+    source.size = task.source_size;
+    source.channel = channel;
+    source.n = channels;
+    source.step = task.source_step[2];
+    source.phase = task.column_phase;
+    source.used[0] = task.used[0], source.used[1] = task.used[1];
+    int64_t volume = 1;
+    for (int dim = 0; dim < 3; ++dim) {
+      source.first[dim] = task.source_step[dim] * (q0[dim] + task.first_shift[dim]);
+      source.extent[dim] = box[dim];
+      volume *= box[dim];
+    }
+    for (int64_t sample = 0; sample < samples; ++sample) {
+      source.b = b + sample;
+      S* target = buffers.staged + sample * volume * task.pitch;
+      if (task.num_pre == 0) {
+        stage_box<S>(source, target, task.pitch, [](const Vec<S>& v) { return v; });
+        continue;
+      }
+      stage_box<S>(source, target, task.pitch, [&](const Vec<S>& v) {
+        S row[kLanes<S>];
+        store(row, v);
+        for (int i = 0; i < task.num_pre; ++i) {
+          const PhaseOp& op = task.pre[i];
+          apply_pointwise<S>(op.kind, static_cast<S>(op.a), static_cast<S>(op.b), nullptr, 0, row, kLanes<S>);
+        }
+        return load(row);
+      });
+    }
+  }
+
+  // Where each position of the grid is in the box, and where its result of phase 0 is in the tensor.
+  void find_positions() {
+    int64_t at = 0;
+    for (int64_t sample = 0; sample < samples; ++sample)
+      for (int64_t d = 0; d < n[0]; ++d)
+        for (int64_t h = 0; h < n[1]; ++h)
+          for (int64_t w = 0; w < n[2]; ++w, ++at) {
+            buffers.offset[at] =
+                (((sample * box[0] + d * task.source_step[0]) * box[1] + h * task.source_step[1]) * box[2] + w) *
+                task.pitch;
+            const int64_t* step = task.result_step;
+            buffers.position[at] = (((b + sample) * task.result_size[0] + step[0] * (q0[0] + d)) * task.result_size[1] +
+                                    step[1] * (q0[1] + h)) *
+                                       task.result_size[2] +
+                                   step[2] * (q0[2] + w);
+          }
+  }
+
+  ChannelTileFunction<S> function(int rows, int vectors) const {
+    if constexpr (!kPairs)
+      if (task.depthwise) return channel_tile_function<S, true>(rows, vectors);
+    return channel_tile_function<S>(rows, vectors);
+  }
+
+  int64_t tap_offset(int64_t tap) const {
+    const int64_t *at = task.tap_source + 3 * tap, step = task.source_step[2], split = box[2] / step;
+    return ((at[0] * box[1] + at[1]) * box[2] + at[2] % step * split + at[2] / step) * task.pitch;
+  }
+
+  // Sums of one phase and one block of `vectors` for all positions. The weights' taps follow each other.
+  void multiply(const S* weight, int64_t first_tap, int64_t last_tap, int vectors, const S* start, int64_t positions) {
+    const int64_t width = vectors * kLanes<S>, taps = last_tap - first_tap;
+    for (int64_t i = 0; i < positions; ++i) buffers.at[i] = buffers.sums + i * width;
+    ChannelTile<S> tile{};
+    tile.v_step = width;
+    tile.b_step = 1;
+    const int64_t most = vectors == 1   ? rows_for(1)
+                         : vectors == 2 ? rows_for(2)
+                         : vectors == 3 ? rows_for(3)
+                                        : rows_for(4);
+    auto product = [&](int64_t first, int64_t last, int64_t k0, int64_t k1, const S* begin) {
+      for (int64_t i = first; i < last; ++i) {
+        buffers.run_v[i - first] = i * task.rows * width;
+        buffers.run_b[i - first] = tap_offset(first_tap + i);
+      }
+      tile.vector = weight + k0 * width;
+      tile.scalar = buffers.staged + k0;
+      tile.run_v = buffers.run_v;
+      tile.run_b = buffers.run_b;
+      tile.runs = last - first;
+      tile.n = k1 - k0;
+      tile.start = begin;
+      for (int64_t at = 0; at < positions;) {
+        const int64_t left = positions - at;  // the last two tiles share what is left
+        const int height = static_cast<int>(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
+        tile.offset = buffers.offset + at;
+        tile.sums = buffers.at + at;
+        function(height, vectors)(tile);
+        at += height;
+      }
+    };
+    const int64_t tap_bytes = task.rows * width * static_cast<int64_t>(sizeof(S));
+    if (taps == 0) return product(0, 0, 0, 0, start);
+    if (tap_bytes <= kWeightBytes) {
+      const int64_t parts = (taps * tap_bytes + kWeightBytes - 1) / kWeightBytes;
+      for (int64_t part = 0; part < parts; ++part)
+        product(part * taps / parts, (part + 1) * taps / parts, 0, task.rows, part == 0 ? start : nullptr);
+      return;
+    }
+    const int64_t parts = (tap_bytes + kWeightBytes - 1) / kWeightBytes;
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t part = 0; part < parts; ++part)
+        product(tap, tap + 1, part * task.rows / parts, (part + 1) * task.rows / parts,
+                tap + part == 0 ? start : nullptr);
+  }
+
+  // The same where a weight is not finite: each position with the taps that lie inside the source.
+  void multiply_exactly(const S* weight, int64_t first_tap, int64_t last_tap, int vectors, const S* start) {
+    const int64_t width = vectors * kLanes<S>;
+    ChannelTile<S> tile{};
+    tile.v_step = width;
+    tile.b_step = 1;
+    tile.vector = weight;
+    tile.scalar = buffers.staged;
+    tile.run_v = buffers.run_v;
+    tile.run_b = buffers.run_b;
+    tile.n = task.rows;
+    tile.start = start;
+    for (int64_t at = 0, positions = samples * n[0] * n[1] * n[2]; at < positions; ++at) {
+      const int64_t q[3] = {at / (n[1] * n[2]) % n[0], at / n[2] % n[1], at % n[2]};
+      tile.runs = 0;
+      for (int64_t tap = first_tap; tap < last_tap; ++tap) {
+        bool inside = true;
+        for (int dim = 0; dim < 3; ++dim) {
+          const int64_t source =
+              task.source_step[dim] * (q0[dim] + task.first_shift[dim] + q[dim]) + task.tap_source[3 * tap + dim];
+          inside = inside && source >= 0 && source < task.source_size[dim];
+        }
+        if (!inside) continue;
+        buffers.run_v[tile.runs] = (tap - first_tap) * task.rows * width;
+        buffers.run_b[tile.runs++] = tap_offset(tap);
+      }
+      S* sums = buffers.sums + at * width;
+      tile.offset = buffers.offset + at;
+      tile.sums = &sums;
+      function(1, vectors)(tile);
+    }
+  }
+
+  // Applies the operations to the sums of result channels [c0, c0 + count) and stores them.
+  void store_phase(const int64_t* phase, int64_t c0, int64_t count, int64_t width) {
+    const int64_t channels = task.groups * task.m;
+    const int64_t shift = (phase[0] * task.result_size[1] + phase[1]) * task.result_size[2] + phase[2];
+    int64_t inside[3];
+    for (int dim = 0; dim < 3; ++dim) {
+      const int64_t left = task.result_size[dim] - phase[dim] - task.result_step[dim] * q0[dim];
+      inside[dim] = left <= 0 ? 0 : min_of(n[dim], (left + task.result_step[dim] - 1) / task.result_step[dim]);
+    }
+    for (int64_t sample = 0; sample < samples; ++sample)
+      for (int64_t d = 0; d < inside[0]; ++d)
+        for (int64_t h = 0; h < inside[1]; ++h)
+          for (int64_t w = 0; w < inside[2]; ++w) {
+            const int64_t at = ((sample * n[0] + d) * n[1] + h) * n[2] + w;
+            const int64_t index = (buffers.position[at] + shift) * channels + c0;
+            S* row = buffers.sums + at * width;
+            for (int i = 0; i < task.num_ops; ++i) {
+              const PhaseOp& op = task.ops[i];
+              const S* operand = nullptr;
+              if (op.operand == OperandKind::channel) operand = static_cast<const S*>(op.values) + c0;
+              if (op.operand == OperandKind::tensor) {
+                load_row(op.values, task.dtype, index, count, buffers.line);
+                operand = buffers.line;
+              }
+              apply_pointwise<S>(op.kind, static_cast<S>(op.a), static_cast<S>(op.b), operand, 1, row, count);
+            }
+            store_row(row, task.result, task.result_dtype, index, count);
+          }
+  }
+
+  void run(int64_t first_block, int64_t last_block) {
+    if (!task.depthwise) stage(group * task.rows, task.rows);
+    find_positions();
+    const int64_t blocks = channel_blocks(task.vectors, kMostVectors), positions = samples * n[0] * n[1] * n[2];
+    const S* weight = static_cast<const S*>(task.weight) + group * task.vectors * kLanes<S> * task.num_taps * task.rows;
+    const S nothing[kMostVectors * kLanes<S>] = {};
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t v0 = block * task.vectors / blocks;
+      const int vectors = static_cast<int>((block + 1) * task.vectors / blocks - v0);
+      const int64_t width = vectors * kLanes<S>, m0 = v0 * kLanes<S>, count = min_of(width, task.m - m0);
+      const int64_t c0 = group * task.m + m0;
+      if (task.depthwise) stage(m0, count);
+      S bias[kMostVectors * kLanes<S>] = {};
+      if (task.bias) memcpy(bias, static_cast<const S*>(task.bias) + c0, static_cast<size_t>(count) * sizeof(S));
+      const S* start = task.bias ? bias : nothing;
+      int index = 0;
+      int64_t phase[3];
+      for (phase[0] = 0; phase[0] < task.result_step[0]; ++phase[0])
+        for (phase[1] = 0; phase[1] < task.result_step[1]; ++phase[1])
+          for (phase[2] = 0; phase[2] < task.result_step[2]; ++phase[2], ++index) {
+            const int64_t first = task.phase_taps[index], last = task.phase_taps[index + 1];
+            const S* taps = weight + (v0 * kLanes<S> * task.num_taps + first * width) * task.rows;
+            if (task.masked)
+              multiply_exactly(taps, first, last, vectors, start);
+            else
+              multiply(taps, first, last, vectors, start, positions);
+            store_phase(phase, c0, count, width);
+          }
+    }
+  }
+};
+
+template <class S>
+void run_typed(const ChannelGemmTask& task, int64_t item, void* scratch) {
+  Work<S> work{task, carve<S>(task, scratch), 0, 0, 0, {}, {}, {}};
+  const int64_t chunk = item % task.m_chunks;
+  item /= task.m_chunks;
+  for (int dim = 2; dim >= 0; --dim) {
+    work.q0[dim] = item % task.tiles[dim + 1] * task.tile[dim];
+    work.n[dim] = min_of(task.tile[dim], task.grid[dim] - work.q0[dim]);
+    work.box[dim] = task.source_step[dim] * (work.n[dim] + task.range[dim]);
+    item /= task.tiles[dim + 1];
+  }
+  work.group = item % task.groups;
+  work.b = item / task.groups * task.samples;
+  work.samples = min_of(task.samples, task.batch - work.b);
+  const int64_t blocks = channel_blocks(task.vectors, kMostVectors);
+  work.run(chunk * task.m_chunk, min_of(blocks, (chunk + 1) * task.m_chunk));
+}
+
+// One block of a group's result channels; those behind the last are zero.
+template <class S>
+bool pack_typed(const PackTask& task, int64_t item) {
+  const int64_t vectors = (task.m + kLanes<S> - 1) / kLanes<S>, blocks = channel_blocks(vectors, kMostVectors);
+  const int64_t group = item / blocks, v0 = item % blocks * vectors / blocks, m0 = v0 * kLanes<S>;
+  const int64_t width = ((item % blocks + 1) * vectors / blocks - v0) * kLanes<S>;
+  S* out = static_cast<S*>(task.packed) + (group * vectors + v0) * kLanes<S> * task.taps * task.rows;
+  constexpr int64_t kPiece = 64;
+  S values[2][kPiece + kLanes<S>];
+  Vec<S> nothing{};
+  for (int64_t k = 0; k < task.rows; ++k)
+    for (int64_t l = 0; l < width; ++l)
+      for (int64_t tap = 0; tap < task.taps; tap += kPiece) {
+        const int64_t n = min_of(kPiece, task.taps - tap);
+        if (m0 + l >= task.m) {
+          for (int64_t t = 0; t < n; ++t) out[(task.tap_slot[tap + t] * task.rows + k) * width + l] = S(0);
+          continue;
+        }
+        const int64_t unit = kPairs && sizeof(S) == sizeof(float) ? 2 : 1;
+        for (int64_t i = 0; i < unit; ++i) {
+          const int64_t index =
+              group * task.k * task.m * task.taps + (unit * k + i) * task.k_stride + (m0 + l) * task.m_stride + tap;
+          load_row(task.weight, task.dtype, index, n, values[i]);
+          for (int64_t t = n; t < round_up(n, kLanes<S>); ++t) values[i][t] = S(0);
+          for (int64_t t = 0; t < n; t += kLanes<S>) nothing += load(values[i] + t) * S(0);
+        }
+        if constexpr (kPairs && sizeof(S) == sizeof(float)) pack_pairs(values[0], values[1], n, values[0]);
+        for (int64_t t = 0; t < n; ++t) out[(task.tap_slot[tap + t] * task.rows + k) * width + l] = values[0][t];
+      }
+  return reduce<S>(nothing) == 0;
+}
+
+bool pack(const PackTask& task, int64_t item) {
+  return task.dtype == DType::f64 && !kPairs ? pack_typed<double>(task, item) : pack_typed<float>(task, item);
+}
+void run(const ChannelGemmTask& task, int64_t item, void* scratch) {
+  task.dtype == DType::f64 && !kPairs ? run_typed<double>(task, item, scratch) : run_typed<float>(task, item, scratch);
+}
+int64_t scratch_bytes(const ChannelGemmTask& task) {
+  return task.dtype == DType::f64 ? carve<double>(task, nullptr).bytes : carve<float>(task, nullptr).bytes;
+}
+
+constexpr ChannelGemmLoops kLoops = {Isa::TCONV_TARGET, kMostVectors, pack, run, scratch_bytes};
+
+Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config&) {
+  return fit_channel_gemm(problem, epilogue, device, Isa::TCONV_TARGET);
+}
+void prepare(Step& step) { prepare_channel_gemm(step, Isa::TCONV_TARGET); }
+void launch(const Step& step, const Tensors& tensors, Stream stream) {
+  launch_channel_gemm(step, tensors, stream, kLoops);
+}
+
+constexpr Config kConfigs[] = {{}};
+
+}  // namespace
+
+#define TCONV_NAME_OF(name) #name
+#define TCONV_NAME(name) TCONV_NAME_OF(name)
+extern const Kernel TCONV_KERNEL;
+const Kernel TCONV_KERNEL = {TCONV_NAME(TCONV_KERNEL), kConfigs, fit, nullptr, prepare, launch};
+
+}  // namespace tconv::cpu
