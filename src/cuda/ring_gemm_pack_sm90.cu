@@ -33,6 +33,7 @@ __device__ __forceinline__ void pack_source(const SourcePack& a, unsigned first,
     rest /= a.tiles;
     const int group = rest % TCONV_GROUPS;
     const long long b = rest / TCONV_GROUPS;
+#pragma unroll 1
     for (int i = threadIdx.x; i < kTile * kUnits; i += 256) {
       // Lanes along what is contiguous in the source.
       const int p = TCONV_CHANNELS_LAST ? i / kUnits : i % kTile, u = TCONV_CHANNELS_LAST ? i % kUnits : i / kTile;
@@ -59,7 +60,7 @@ __device__ __forceinline__ void pack_source(const SourcePack& a, unsigned first,
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(256) ring_gemm_pack(const storage_t* weight, unsigned* packed, unsigned blocks
+extern "C" __global__ void __launch_bounds__(256, 4) ring_gemm_pack(const storage_t* weight, unsigned* packed, unsigned blocks
 #if RG_PACK_SOURCE
                                                                  ,
                                                                  unsigned weight_grid, const SourcePack source
