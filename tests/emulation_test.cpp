@@ -57,11 +57,11 @@ std::string on_host(std::string text) {
       text.replace(at, text.find(';', behind(text, open, '(', ')')) + 1 - at, ";");
     }
   for (const char* name :
-       {"shared_address",  "barrier_init",    "barrier_init_done",      "barrier_arrive", "barrier_expect", "barrier_wait",
-        "copy_bulk",       "copy_box",        "copy_async",             "copy_part",      "copy_async_commit",
-        "copy_async_wait", "wgmma_fence",     "wgmma_commit",           "wgmma_wait",     "wgmma_shared",   "wgmma_step",
-        "loaders_barrier", "to_tf32",         "fence_shared_for_wgmma", "nearest",        "nearest_tf32",   "turn_matrices",
-        "store_16"}) {
+       {"shared_address",    "barrier_init",    "barrier_init_done", "barrier_arrive", "barrier_expect",
+        "barrier_wait",      "copy_bulk",       "copy_box",          "copy_async",     "copy_part",
+        "copy_async_commit", "copy_async_wait", "wgmma_fence",       "wgmma_commit",   "wgmma_wait",
+        "wgmma_shared",      "wgmma_step",      "loaders_barrier",   "to_tf32",        "fence_shared_for_wgmma",
+        "nearest",           "nearest_tf32",    "turn_matrices",     "store_16"}) {
     const std::string call = ' ' + std::string(name) + '(';
     for (std::size_t at = 0; (at = text.find(call, at)) != std::string::npos; ++at) {
       std::size_t begin = text.rfind('\n', at) + 1;
@@ -176,42 +176,40 @@ TEST_P(GradWeightEmulation, RingGemm) { run(GetParam(), "ring_gemm_grad_weight_s
 
 // Vector and gathered staging, both layouts, resident and reloaded chunks, folded widths, passes as items, empty passes,
 // images as rows, runs side by side, three and seven warps that load, odd offsets.
-INSTANTIATE_TEST_SUITE_P(Cases, Emulation,
-                         testing::Values(Case{"2d b2 c64>64 i19x44 t3x3 tf32 | bias", "64x184x16,s3,w16"},
-                                         Case{"2d c64>64 i18x44 t3x3 grad_input tf32", "64x120x16,s7,w20", 1},
-                                         Case{"2d c20>24 i15x41 t3x3 f16", "64x64x16,s3,w20", 3},
-                                         Case{"2d c64>72 i16x42 t3x3 f16", ""},
-                                         Case{"2d c64>64 i15x41 t3x3 f16 channels_last | bias", ""},
-                                         Case{"2d c64>40 i15x21 t3x3 tf32 channels_last", ""},
-                                         Case{"2d c48>21 i15x21 t3x3 bf16 channels_last grad_input", ""},
-                                         Case{"3d c32>32 i3x8x12 t3x3x3 s2 p1 tf32", "64x120x16,s3,w20"},
-                                         Case{"3d c64>64 i3x6x9 t3x3x3 s2 p1 f16 channels_last", "64x64x16,s3,w20"},
-                                         Case{"3d c32>32 i4x8x12 t3x3x3 s2 p1 op1 grad_input tf32", ""},
-                                         Case{"3d c32>64 i3x5x8 t3x3x3 s2 p1 d2 tf32", "64x32x16,s7,w20,k1"},
-                                         Case{"2d b2 c32>64 i8x12 t3x3 s5 p1 d2 tf32 | bias", ""},
-                                         Case{"1d b5 c64>32 i60 t16 s8 p4 tf32", ""},
-                                         Case{"1d c64>32 i200 t16 s8 p4 f16", ""},
-                                         Case{"2d c56>1 i12x16 t9x9 s4 p4 op3 tf32", "256x120x8,s7,w20"},
-                                         Case{"2d b2 g2 c32>16 i16x20 t3x3 tf32", ""},
-                                         // rows by the copy engine, turned by the warps
-                                         Case{"2d c64>72 i16x40 t3x3 f16", "64x120x32,s3,w20"},
-                                         Case{"2d b2 c24>40 i15x24 t3x3 s2 p1 op1 bf16 grad_input", "64x64x16,s7,w20"},
-                                         Case{"3d c32>32 i4x8x12 t3x3x3 s2 p1 op1 grad_input tf32", "64x32x8,s7,w20"},
-                                         Case{"2d b2 g2 c64>32 i16x20 t3x3 tf32 | bias", "64x64x32,s3,w20"},
-                                         Case{"1d b5 c64>64 i64 t5 d2 tf32", "64x120x32,s3,w20"},
-                                         Case{"1d b2 c64>64 i256 t3 tf32", "64x120x32,s7,w20"},
-                                         // two row blocks at the same positions; the last one alone
-                                         Case{"2d c32>160 i9x20 t3x3 tf32 | bias", "64x120x16,s3,w20,k2"},
-                                         // the copy engine: as the tensor is, from a copy, gathered, stepped, in parts
-                                         Case{"2d b2 c64>64 i15x41 t3x3 f16 channels_last", "64x136x32,s1,w20"},
-                                         Case{"2d c40>24 i15x21 t3x3 bf16 channels_last | bias", "64x48x16,s1,w20"},
-                                         Case{"2d c64>64 i15x21 t3x3 f16 channels_last", "64x48x32,s1,w20", 1},
-                                         Case{"2d b2 c96>128 i9x13 t2x2 s2 tf32 | bias", "64x200x32,s1,w16,k2"},
-                                         Case{"2d b2 g2 c48>80 i9x13 t3x3 s2 p1 f16", "64x96x16,s1,w20,k3"},
-                                         Case{"1d b5 g2 c64>128 i40 t16 s8 p4 tf32", "64x136x32,s1,w20,k2"},
-                                         Case{"3d b2 c64>32 i4x9x10 t3x3x3 s2 p1 f16 channels_last grad_input",
-                                              "64x96x16,s1,w20"},
-                                         Case{"2d c16>3 i20x30 t4x4 s2 p1 f16 channels_last", "256x200x8,s1,w16"}));
+INSTANTIATE_TEST_SUITE_P(
+    Cases, Emulation,
+    testing::Values(Case{"2d b2 c64>64 i19x44 t3x3 tf32 | bias", "64x184x16,s3,w16"},
+                    Case{"2d c64>64 i18x44 t3x3 grad_input tf32", "64x120x16,s7,w20", 1},
+                    Case{"2d c20>24 i15x41 t3x3 f16", "64x64x16,s3,w20", 3}, Case{"2d c64>72 i16x42 t3x3 f16", ""},
+                    Case{"2d c64>64 i15x41 t3x3 f16 channels_last | bias", ""},
+                    Case{"2d c64>40 i15x21 t3x3 tf32 channels_last", ""},
+                    Case{"2d c48>21 i15x21 t3x3 bf16 channels_last grad_input", ""},
+                    Case{"3d c32>32 i3x8x12 t3x3x3 s2 p1 tf32", "64x120x16,s3,w20"},
+                    Case{"3d c64>64 i3x6x9 t3x3x3 s2 p1 f16 channels_last", "64x64x16,s3,w20"},
+                    Case{"3d c32>32 i4x8x12 t3x3x3 s2 p1 op1 grad_input tf32", ""},
+                    Case{"3d c32>64 i3x5x8 t3x3x3 s2 p1 d2 tf32", "64x32x16,s7,w20,k1"},
+                    Case{"2d b2 c32>64 i8x12 t3x3 s5 p1 d2 tf32 | bias", ""},
+                    Case{"1d b5 c64>32 i60 t16 s8 p4 tf32", ""}, Case{"1d c64>32 i200 t16 s8 p4 f16", ""},
+                    Case{"2d c56>1 i12x16 t9x9 s4 p4 op3 tf32", "256x120x8,s7,w20"},
+                    Case{"2d b2 g2 c32>16 i16x20 t3x3 tf32", ""},
+                    // rows by the copy engine, turned by the warps
+                    Case{"2d c64>72 i16x40 t3x3 f16", "64x120x32,s3,w20"},
+                    Case{"2d b2 c24>40 i15x24 t3x3 s2 p1 op1 bf16 grad_input", "64x64x16,s7,w20"},
+                    Case{"3d c32>32 i4x8x12 t3x3x3 s2 p1 op1 grad_input tf32", "64x32x8,s7,w20"},
+                    Case{"2d b2 g2 c64>32 i16x20 t3x3 tf32 | bias", "64x64x32,s3,w20"},
+                    Case{"1d b5 c64>64 i64 t5 d2 tf32", "64x120x32,s3,w20"},
+                    Case{"1d b2 c64>64 i256 t3 tf32", "64x120x32,s7,w20"},
+                    // two row blocks at the same positions; the last one alone
+                    Case{"2d c32>160 i9x20 t3x3 tf32 | bias", "64x120x16,s3,w20,k2"},
+                    // the copy engine: as the tensor is, from a copy, gathered, stepped, in parts
+                    Case{"2d b2 c64>64 i15x41 t3x3 f16 channels_last", "64x136x32,s1,w20"},
+                    Case{"2d c40>24 i15x21 t3x3 bf16 channels_last | bias", "64x48x16,s1,w20"},
+                    Case{"2d c64>64 i15x21 t3x3 f16 channels_last", "64x48x32,s1,w20", 1},
+                    Case{"2d b2 c96>128 i9x13 t2x2 s2 tf32 | bias", "64x200x32,s1,w16,k2"},
+                    Case{"2d b2 g2 c48>80 i9x13 t3x3 s2 p1 f16", "64x96x16,s1,w20,k3"},
+                    Case{"1d b5 g2 c64>128 i40 t16 s8 p4 tf32", "64x136x32,s1,w20,k2"},
+                    Case{"3d b2 c64>32 i4x9x10 t3x3x3 s2 p1 f16 channels_last grad_input", "64x96x16,s1,w20"},
+                    Case{"2d c16>3 i20x30 t4x4 s2 p1 f16 channels_last", "256x200x8,s1,w16"}));
 
 // Copies of 16, 8 and 4 bytes, rows of grad_output at every phase, strips and shares that end anywhere, taps of one row
 // and of several residues, more taps than a block sums, groups, channels that do not fill their rows and columns.

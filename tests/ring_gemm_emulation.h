@@ -61,9 +61,11 @@ int main() {
   constexpr unsigned kPackBlocks = TCONV_GROUPS * RG_ROW_BLOCKS * RG_CHUNKS * (RG_KC / 4);
 #if RG_PACK_SOURCE
   constexpr long long kChannels = RG_CHUNKS * RG_KC * 4 / sizeof(storage_t);
-  std::vector<uint4> copy(static_cast<std::size_t>(batch * TCONV_GROUPS * source_plane * kChannels * sizeof(storage_t) / 16));
-  pack::SourcePack source_pack{x.first, copy.data(), a.source_image, a.source_inner, source_plane,
-                               static_cast<int>((source_plane + 63) / 64), 0};
+  std::vector<uint4> copy(
+      static_cast<std::size_t>(batch * TCONV_GROUPS * source_plane * kChannels * sizeof(storage_t) / 16));
+  pack::SourcePack source_pack{
+      x.first, copy.data(), a.source_image, a.source_inner, source_plane, static_cast<int>((source_plane + 63) / 64),
+      0};
   source_pack.blocks = static_cast<unsigned>(batch * TCONV_GROUPS * source_pack.tiles * RG_CHUNKS);
   emulated_launch(3, 256, 1, [&] { pack::ring_gemm_pack(w.data(), packed, kPackBlocks, 1, source_pack); });
 #else
@@ -91,13 +93,14 @@ int main() {
 #endif
 #if RG_ROWS
   const long long size = sizeof(storage_t);
-  EmulatedTensor tensor{reinterpret_cast<const unsigned char*>(x.first),
-                        sizeof(storage_t),
-                        0,
-                        {source[2], images ? batch : source[1], source[0], source_channels, images ? 1 : batch},
-                        {a.source_row * size, a.source_slab * size, a.source_inner * size, a.source_image * size},
-                        {static_cast<int>(RG_RAW_WIDE * 16 / size), RG_RAW_ROWS, 1, static_cast<int>(RG_RAW_UNITS * 16 / size), 1},
-                        {RG_SRC_W, RG_SRC_H, 1, 1, 1}};
+  EmulatedTensor tensor{
+      reinterpret_cast<const unsigned char*>(x.first),
+      sizeof(storage_t),
+      0,
+      {source[2], images ? batch : source[1], source[0], source_channels, images ? 1 : batch},
+      {a.source_row * size, a.source_slab * size, a.source_inner * size, a.source_image * size},
+      {static_cast<int>(RG_RAW_WIDE * 16 / size), RG_RAW_ROWS, 1, static_cast<int>(RG_RAW_UNITS * 16 / size), 1},
+      {RG_SRC_W, RG_SRC_H, 1, 1, 1}};
   a.tensor = reinterpret_cast<std::uintptr_t>(x.first) % 16 == 0 && source[2] * size % 16 == 0 &&
              (TCONV_GROUPS == 1 || RG_K * size % (RG_KC * 4) == 0);
   a.map.word[0] = reinterpret_cast<std::uintptr_t>(&tensor);

@@ -110,8 +110,7 @@ __device__ __forceinline__ void load_pack(S (&item)[count], const S* from) {
   if constexpr (sizeof(S) == 2 && (count == 2 || count == 4 || count == 8)) {
     const auto words = *reinterpret_cast<const Pack<unsigned, count / 2>*>(from);
 #pragma unroll
-    for (int i = 0; i < count; ++i)
-      item[i].bits = static_cast<unsigned short>(words.item[i / 2] >> (i % 2 * 16));
+    for (int i = 0; i < count; ++i) item[i].bits = static_cast<unsigned short>(words.item[i / 2] >> (i % 2 * 16));
   } else {
     const auto pack = *reinterpret_cast<const Pack<S, count>*>(from);
 #pragma unroll

@@ -44,11 +44,11 @@ __device__ __forceinline__ Place position_place(const RingGemmArgs& a, int p) {
 struct Cursor {
   unsigned item;
   int load, loads, round;
-  int d0, h0, w0, channel;  // of the tile's first position; first channel of the chunk
-  const storage_t* origin;  // element of that position and channel; may lie outside the tensor
+  int d0, h0, w0, channel;   // of the tile's first position; first channel of the chunk
+  const storage_t* origin;   // element of that position and channel; may lie outside the tensor
   int image, first_channel;  // of the item, for boxes
-  const storage_t* unit;    // contiguous: of the thread's unit of channels, which is that of all its vector pieces
-  bool valid, interior;     // interior: nothing that is staged or read along with it lies outside its row
+  const storage_t* unit;     // contiguous: of the thread's unit of channels, which is that of all its vector pieces
+  bool valid, interior;      // interior: nothing that is staged or read along with it lies outside its row
 
   __device__ __forceinline__ void find(const RingGemmArgs& a) {
     valid = false;

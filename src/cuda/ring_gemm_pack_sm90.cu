@@ -38,9 +38,9 @@ __device__ __forceinline__ void pack_source(const SourcePack& a, unsigned first,
       // Lanes along what is contiguous in the source.
       const int p = TCONV_CHANNELS_LAST ? i / kUnits : i % kTile, u = TCONV_CHANNELS_LAST ? i % kUnits : i / kTile;
       const int k = (chunk * kUnits + u) * kPerUnit;
-      const storage_t* from = a.source + b * a.image +
-                              (TCONV_CHANNELS_LAST ? (p0 + p) * a.inner + group * RG_K + k
-                                                   : (group * RG_K + k) * a.inner + p0 + p);
+      const storage_t* from =
+          a.source + b * a.image +
+          (TCONV_CHANNELS_LAST ? (p0 + p) * a.inner + group * RG_K + k : (group * RG_K + k) * a.inner + p0 + p);
       storage_t unit[kPerUnit];
 #pragma unroll
       for (int e = 0; e < kPerUnit; ++e) {
@@ -54,18 +54,20 @@ __device__ __forceinline__ void pack_source(const SourcePack& a, unsigned first,
     __syncthreads();
     uint4* const to = a.packed + ((b * TCONV_GROUPS + group) * a.plane + p0) * (RG_CHUNKS * kUnits) + chunk * kUnits;
     for (int i = threadIdx.x; i < kTile * kUnits; i += 256)
-      if (p0 + i / kUnits < a.plane) to[i / kUnits * (RG_CHUNKS * kUnits) + i % kUnits] = turned[i / kUnits][i % kUnits];
+      if (p0 + i / kUnits < a.plane)
+        to[i / kUnits * (RG_CHUNKS * kUnits) + i % kUnits] = turned[i / kUnits][i % kUnits];
     __syncthreads();
   }
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(256, 4) ring_gemm_pack(const storage_t* weight, unsigned* packed, unsigned blocks
+extern "C" __global__ void __launch_bounds__(256, 4)
+    ring_gemm_pack(const storage_t* weight, unsigned* packed, unsigned blocks
 #if RG_PACK_SOURCE
-                                                                 ,
-                                                                 unsigned weight_grid, const SourcePack source
+                   ,
+                   unsigned weight_grid, const SourcePack source
 #endif
-) {
+    ) {
 #if RG_PACK_SOURCE
   if (blockIdx.x >= weight_grid) {
     pack_source(source, blockIdx.x - weight_grid, gridDim.x - weight_grid);

@@ -48,8 +48,7 @@ __device__ __forceinline__ void turn_matrices(const void* from, void* to) {
                "r"(b), "r"(c), "r"(d)
                : "memory");
 }
-__device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4* nowhere, int rows, int early,
-                                         int lane) {
+__device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4* nowhere, int rows, int early, int lane) {
   const int count = rows * RG_RAW_WIDE * RG_RAW_UNITS, row = lane % 8;
 #pragma unroll 2
   for (int first = 0; first < count; first += 4) {
@@ -73,8 +72,8 @@ struct Box {
         pw(box / (kUnitParts * kRowChunks * RG_NPH * kRowsD)) {}
 };
 
-__device__ __forceinline__ void load_rows(const RingGemmArgs& a, uint4* raw, uint4* tiles, Barrier* arrived, Barrier* full,
-                                          Barrier* empty, int thread) {
+__device__ __forceinline__ void load_rows(const RingGemmArgs& a, uint4* raw, uint4* tiles, Barrier* arrived,
+                                          Barrier* full, Barrier* empty, int thread) {
   const int warp = thread / 32, lane = thread % 32;
   raw += warp * (RG_RAW_SLOTS * kRawUnits);
   arrived += warp * RG_RAW_SLOTS;

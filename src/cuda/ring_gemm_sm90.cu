@@ -50,9 +50,9 @@ constexpr int kPositionUnits = 1, kStepUnits = 2 * kPlane, kPlaneBytes = kPlane 
 constexpr unsigned kColumnsLayout = 8;
 #endif
 constexpr int kSums = RG_N / 2;
-constexpr int kParts = (RG_N + RG_PART - 1) / RG_PART;  // in which a run's sums are handed over
-constexpr int kEntryWords = RG_KC * 64;                                // packed rows of one entry and chunk
-constexpr int kGroupWords = RG_ENTRIES_PER_STAGE * kEntryWords;        // of one row block in a stage
+constexpr int kParts = (RG_N + RG_PART - 1) / RG_PART;           // in which a run's sums are handed over
+constexpr int kEntryWords = RG_KC * 64;                          // packed rows of one entry and chunk
+constexpr int kGroupWords = RG_ENTRIES_PER_STAGE * kEntryWords;  // of one row block in a stage
 constexpr int kWeightStageWords = RG_ROW_GROUPS * kGroupWords;
 
 struct RingGemmArgs {
@@ -213,9 +213,10 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
       output_t results[kWide];
 #pragma unroll
       for (int e = 0; e < kWide; ++e)
-        results[e] = e < count ? narrow<output_t>(tconv_epilogue<float>(x[i][e] + bias[e], channel + e,
-                                                                             element[i] + e, a.operands))
-                                    : output_t();
+        results[e] =
+            e < count
+                ? narrow<output_t>(tconv_epilogue<float>(x[i][e] + bias[e], channel + e, element[i] + e, a.operands))
+                : output_t();
       if (whole) {
         store_16(a.result + element[i], unit_of(results));
       } else {
@@ -265,7 +266,8 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
           if (kTurns > 2 || x0 + i * kSpan < kPoints)
 #pragma unroll
             for (int e = 0; e < kPerLane; ++e)
-              x[c][i][e] = kTaps && (c == 0 || column + kStep < last) ? from[c * kStep * RG_STAGE_PITCH + i * kSpan + e] : 0.f;
+              x[c][i][e] =
+                  kTaps && (c == 0 || column + kStep < last) ? from[c * kStep * RG_STAGE_PITCH + i * kSpan + e] : 0.f;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         if (c == 1 && column + kStep >= last) break;
@@ -316,8 +318,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
 #if !RG_TENSOR
   __shared__ int reaches[kRows];
   // On a 128-byte boundary, for boxes; pieces and their places, or boxes.
-  uint4* const raw = shared + (RG_STAGES * kStageUnits + (RG_WEIGHT_STAGES * kWeightStageWords + 2 * RG_SUM_WORDS + 3) / 4 +
-                               7) / 8 * 8;
+  uint4* const raw =
+      shared +
+      (RG_STAGES * kStageUnits + (RG_WEIGHT_STAGES * kWeightStageWords + 2 * RG_SUM_WORDS + 3) / 4 + 7) / 8 * 8;
   Place* const places = reinterpret_cast<Place*>(raw + kSlots * 8 * kLoaders + (kSlots * kLoaders + 3) / 4);
 #endif
   // Uniform for the compiler too: what follows from it is worked out once per warp.
@@ -353,8 +356,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
     float* const stage = sums + warpgroup * RG_SUM_WORDS;
     const unsigned first_row = operand_word(weights + (RG_ROW_GROUPS == 2 ? warpgroup * kGroupWords : 0), 1024);
     const unsigned first_column =
-        operand_word(tiles + warpgroup * (RG_GROUP_ROWS * RG_JW + RG_GROUP_COLUMNS) * kPositionUnits,
-                     kPlaneBytes);
+        operand_word(tiles + warpgroup * (RG_GROUP_ROWS * RG_JW + RG_GROUP_COLUMNS) * kPositionUnits, kPlaneBytes);
     RingPlace<RG_STAGES> at;
     RingPlace<RG_WEIGHT_STAGES> rows_at;
 #if RG_TENSOR

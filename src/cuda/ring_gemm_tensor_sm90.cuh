@@ -37,7 +37,8 @@ __device__ __forceinline__ void gather_box(const RingGemmArgs& a, const Item& it
   }
 }
 
-__device__ __forceinline__ void load_tiles(const RingGemmArgs& a, uint4* tiles, Barrier* full, Barrier* empty, int lane) {
+__device__ __forceinline__ void load_tiles(const RingGemmArgs& a, uint4* tiles, Barrier* full, Barrier* empty,
+                                           int lane) {
   RingPlace<RG_STAGES> at;
   for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
     const Item item = locate(a, index);
@@ -55,8 +56,8 @@ __device__ __forceinline__ void load_tiles(const RingGemmArgs& a, uint4* tiles, 
           for (int box = 0; box < kBoxes; ++box) {
             int d, h, w;
             box_at(box, d, h, w);
-            copy_box(tile + box * (RG_BOX * kUnits), a.map, first + chunk * kChunkChannels, w0 + w, h0 + h, d0 + d, image,
-                     full + at.stage);
+            copy_box(tile + box * (RG_BOX * kUnits), a.map, first + chunk * kChunkChannels, w0 + w, h0 + h, d0 + d,
+                     image, full + at.stage);
           }
         }
       } else {

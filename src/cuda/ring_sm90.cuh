@@ -36,8 +36,8 @@ struct alignas(64) TensorMap {
 __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int x0, int x1, int x2, int x3, int x4,
                                          Barrier* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];"
-      ::"r"(shared_address(to)),
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], "
+      "[%7];" ::"r"(shared_address(to)),
       "l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(shared_address(barrier))
       : "memory");
 }

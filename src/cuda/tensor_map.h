@@ -18,7 +18,8 @@ struct TensorView {
   std::int64_t stride[4] = {16, 16, 16, 16};
   int box[5] = {1, 1, 1, 1, 1};   // what one copy takes, at most 256 a dimension
   int step[5] = {1, 1, 1, 1, 1};  // of which every step-th element is copied, at most 8
-  int exchange_bytes = 0;  // 32, 64, 128: the innermost side of the box, within which 16-byte units are exchanged; 0: none
+  int exchange_bytes =
+      0;  // 32, 64, 128: the innermost side of the box, within which 16-byte units are exchanged; 0: none
 };
 
 // Whether the driver here can describe tensors (CUDA 12.0 or newer); true where there is no driver, as for compiling.
