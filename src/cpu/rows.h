@@ -15,7 +15,7 @@ TCONV_INLINE void interleave_pair(Vec<S> a, Vec<S> b, Vec<S>* pair, LaneList<Lan
 }
 
 // v holds Phases rows of Step / Phases vectors; row r is interleaved with row r + Phases / 2 until one is left. 24 shuffles
-// for 8 phases, where a permutation of each phase into each result takes 64: from 13 to 7 % of a vocoder's layer.
+// for 8 phases, where a permutation of each phase into each result takes 64.
 template <class S, int Step, int Phases = Step>
 TCONV_INLINE void interleave_rows(Vec<S>* v) {
   if constexpr (Phases > 1) {
