@@ -5,6 +5,7 @@
 // channels_last   pieces of one unit of channels at 8 positions; 16-bit ones are copied straight to the tile
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include "stage_sm90.cuh"
 
 // Where a piece begins, relative to the tile's first position: elements; staged row << 16 | source column. Worked out
 // once per block: the divisions took longer than the loads.
@@ -105,28 +106,15 @@ __device__ __forceinline__ unsigned* landing_place(uint4* raw, int slot, int thr
 // Zeros when not valid; nothing is read then.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  if constexpr (kBytes == 16) {
-    copy_async_16(to, from, valid);
-  } else if constexpr (kBytes == 4) {
-    copy_async_4(to, from, valid);
-  } else {
-    const int bytes = valid ? 8 : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-                 : "memory");
-  }
+  copy_part<kBytes>(to, from, valid ? kBytes : 0);
 }
 
-// To nearest, ties away, as to_tf32: half a unit of the tenth mantissa bit is added and the tensor core drops the bits
-// below. cvt.rna costs four instructions a value, this two; infinities and NaN are left as they are.
 __device__ __forceinline__ unsigned nearest(unsigned x) {
 #if TCONV_DTYPE_f32
-  asm("{ .reg .pred finite; .reg .f32 size; abs.f32 size, %1; setp.lt.f32 finite, size, 0f7f800000;\n"
-      "@finite add.u32 %0, %0, 0x1000; }"
-      : "+r"(x)
-      : "f"(__uint_as_float(x)));
-#endif
+  return nearest_tf32(x);
+#else
   return x;
+#endif
 }
 __device__ __forceinline__ uint4 rounded(unsigned x, unsigned y, unsigned z, unsigned w) {
   return make_uint4(nearest(x), nearest(y), nearest(z), nearest(w));
