@@ -265,7 +265,7 @@ TensorView view_of(const Problem& problem, const Config& config, const Geometry&
     const int64_t plane =
         position * (g.rows_are_images ? g.source_size[2] : g.source_size[0] * g.source_size[1] * g.source_size[2]);
     view.stride[1] = g.rows_are_images ? plane * problem.groups : position * g.source_size[2];
-    view.stride[2] = g.rows_are_images ? view.stride[1] * g.source_size[1] : view.stride[1] * g.source_size[1];
+    view.stride[2] = view.stride[1] * g.source_size[1];
     view.stride[3] = plane;
   } else {
     view.stride[1] = stride[2] * size, view.stride[2] = stride[1] * size, view.stride[3] = stride[0] * size;
@@ -288,8 +288,8 @@ TensorView rows_of(const Problem& problem, const Geometry& g, const void* first,
   std::copy(sizes, sizes + 5, view.size);
   const int64_t strides[4] = {stride[2], stride[1], stride[3], stride[0]};
   for (int i = 0; i < 4; ++i) view.stride[i] = strides[i] * size;
-  view.step[0] = g.source_step[2], view.step[1] = g.source_step[1];
-  view.box[0] = (g.raw_wide * unit - 1) * view.step[0] + 1;
+  view.step[1] = g.source_step[1];
+  view.box[0] = g.raw_wide * unit;
   view.box[1] = (g.raw_rows - 1) * view.step[1] + 1;
   view.box[3] = g.raw_units * unit;
   return view;

@@ -287,8 +287,7 @@ bool lay_out(const Problem& problem, const Device& device, const Config& config,
           static_cast<int>(std::clamp<int64_t>((most / (g.raw_units * row) - 1) | 1, 1, (g.staged[1].length - 1) | 1));
       const int64_t box_bytes = g.raw_units * row * g.raw_rows;
       g.raw_slots = static_cast<int>(std::clamp<int64_t>(2 * most / box_bytes, 2, kMostRawSlots));
-      const int64_t wide = (g.raw_wide * unit - 1) * g.source_step[2] + 1;
-      if (wide > kMostBox || (g.raw_rows - 1) * g.source_step[1] + 1 > kMostBox) return false;
+      if (g.raw_wide * unit > kMostBox || (g.raw_rows - 1) * g.source_step[1] + 1 > kMostBox) return false;
       fixed = std::max(fixed, config.stages * g.raw_slots * box_bytes + 16);
     }
     fixed += 4 * rows + 128;  // the place of the boxes is aligned

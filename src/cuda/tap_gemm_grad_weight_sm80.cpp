@@ -208,18 +208,9 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   TapArguments args = tap_arguments(problem, tensors, g, g.shares);
   void* pointers[] = {&args};
   launch(*ready.functions[0], {static_cast<unsigned>(g.blocks)}, stream, pointers);
-  {
-    const void* partial = tensors.workspace;
-    void* grad_weight = tensors.output;
-    int summands = g.shares * g.warps_k;
-    void* finish[] = {&partial, &grad_weight, &summands};
-    const int64_t elements =
-        int64_t{problem.groups} * g.blocks_m * g.blocks_n * g.slices * block_floats(step.config, g);
-    launch(*ready.functions[1], {static_cast<unsigned>(elements / 32)}, stream, finish);
-  }
-  if (tensors.grad_bias != nullptr)
-    launch_channel_sum(step, tensors, static_cast<float*>(tensors.workspace) + partial_floats(problem, step.config, g),
-                       stream, *ready.functions[2], *ready.functions[3]);
+  launch_sums(step, tensors, stream,
+              int64_t{problem.groups} * g.blocks_m * g.blocks_n * g.slices * block_floats(step.config, g),
+              g.shares * g.warps_k, partial_floats(problem, step.config, g));
 }
 
 }  // namespace

@@ -352,17 +352,8 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   args.grad_wide = wide(tensors.grad_output, output);
   void* pointers[] = {&args};
   launch(*ready.functions[0], {static_cast<unsigned>(g.blocks)}, stream, pointers);
-  {
-    const void* partial = tensors.workspace;
-    void* grad_weight = tensors.output;
-    int summands = g.shares;
-    void* finish[] = {&partial, &grad_weight, &summands};
-    const int64_t elements = g.blocks / g.shares * block_floats(step.config, g);
-    launch(*ready.functions[1], {static_cast<unsigned>(elements / 32)}, stream, finish);
-  }
-  if (tensors.grad_bias != nullptr)
-    launch_channel_sum(step, tensors, static_cast<float*>(tensors.workspace) + partial_floats(step.config, g), stream,
-                       *ready.functions[2], *ready.functions[3]);
+  launch_sums(step, tensors, stream, g.blocks / g.shares * block_floats(step.config, g), g.shares,
+              partial_floats(step.config, g));
 }
 
 }  // namespace

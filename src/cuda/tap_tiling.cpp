@@ -147,9 +147,17 @@ std::size_t bias_floats(const Problem& problem) {
   return static_cast<std::size_t>(problem.out_channels * problem.batch * segments_of(volume(output_size(problem))));
 }
 
-void launch_channel_sum(const Step& step, const Tensors& tensors, float* partial, Stream stream, const Function& sum,
-                        const Function& finish) {
+void launch_sums(const Step& step, const Tensors& tensors, Stream stream, std::int64_t elements, int summands,
+                 std::size_t partial_floats) {
   const Problem& problem = step.problem;
+  {
+    const void* partial = tensors.workspace;
+    void* grad_weight = tensors.output;
+    void* args[] = {&partial, &grad_weight, &summands};
+    launch(function(step, 1), {static_cast<unsigned>(elements / 32)}, stream, args);
+  }
+  if (tensors.grad_bias == nullptr) return;
+  float* partial = static_cast<float*>(tensors.workspace) + partial_floats;
   const void* grad_output = tensors.grad_output;
   void* grad_bias = tensors.grad_bias;
   int channels = static_cast<int>(problem.out_channels);
@@ -159,10 +167,10 @@ void launch_channel_sum(const Step& step, const Tensors& tensors, float* partial
   const int64_t strips = problem.layout == Layout::channels_last ? ceil_div(channels, 32) : channels;
   if (count > 0) {
     void* args[] = {&grad_output, &partial, &channels, &positions, &segments, &length};
-    launch(sum, {static_cast<unsigned>(strips * count)}, stream, args);
+    launch(function(step, 2), {static_cast<unsigned>(strips * count)}, stream, args);
   }
   void* args[] = {&partial, &grad_bias, &count};
-  launch(finish, {static_cast<unsigned>(channels)}, stream, args);
+  launch(function(step, 3), {static_cast<unsigned>(channels)}, stream, args);
 }
 
 }  // namespace tconv::cuda

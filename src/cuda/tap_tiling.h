@@ -59,9 +59,11 @@ struct TapArguments {
 };
 TapArguments tap_arguments(const Problem& problem, const Tensors& tensors, const TapTiling& tiling, int shares);
 
-// The bias gradient by channel_sum.cu; partial: bias_floats(problem) floats.
+// What follows the partial sums of `elements` weights, `summands` of each, that lie first in the workspace: the weight
+// gradient by tap_gemm_finish.cu, the bias gradient by channel_sum.cu (functions 1 to 3 of the step), the latter with
+// bias_floats(problem) floats behind partial_floats.
 std::size_t bias_floats(const Problem& problem);
-void launch_channel_sum(const Step& step, const Tensors& tensors, float* partial, Stream stream, const Function& sum,
-                        const Function& finish);
+void launch_sums(const Step& step, const Tensors& tensors, Stream stream, std::int64_t elements, int summands,
+                 std::size_t partial_floats);
 
 }  // namespace tconv::cuda
