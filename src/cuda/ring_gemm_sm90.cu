@@ -185,7 +185,7 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
   for (int e = 0; e < kWide; ++e) bias[e] = e < count ? tconv_bias(a.bias, channel + e) : 0.f;
   const long long first =
       item.b * a.result_image + od * a.result_slab + (long long)q_h * RG_OUT_H * a.result_row + channel;
-  // A few points at once: one alone waits some 1000 cycles for its address, its sums and its store in turn.
+  // A few points at once, so that the address, sums and store of one do not wait for those of another.
   constexpr int kStep = kStorers / kLanes, kAtOnce = kWide == 8 ? 3 : 4;
 #pragma unroll 1
   for (int point0 = thread / kLanes; point0 < kPoints; point0 += kAtOnce * kStep) {

@@ -161,8 +161,8 @@ double group_cycles(const Config& config, const Geometry& g) {
 constexpr double kWeightLatency = 1340.0;
 
 // What one multiprocessor needs for an item, in cycles of its clock. The form follows a profile of the roles on an H100, the
-// constants are fitted to 198 measurements there (root mean square of log(predicted / measured) 0.19). Odd widths of
-// contiguous results are off by up to 2, and not understood.
+// constants are fitted to 198 measurements there (root mean square of log(predicted / measured) 0.19). Contiguous
+// fp32 layers with odd widths of the result take up to twice the price; why is not known.
 struct Cost {
   double multiply = 0, load = 0, store = 0;
   double total() const {
