@@ -318,14 +318,16 @@ int run_time(const Options& options) {
   return 0;
 }
 
-// kernel:config of the `top` cheapest configs of each kernel by prediction, at most two of one tile; none that is
-// predicted to take over 12 times the cheapest.
-std::vector<std::string> top_candidates(const Problem& problem, const Epilogue& epilogue, const Device& device,
-                                        int top) {
+// kernel:config of the `top` cheapest configs of each kernel (or of `only`) by prediction, at most two of one tile; none
+// that is predicted to take over 12 times the cheapest.
+std::vector<std::string> top_candidates(const Problem& problem, const Epilogue& epilogue, const Device& device, int top,
+                                        const std::string& only) {
   const Plan plan = make_plan(problem, epilogue, device, {}, kernels(device.backend));
   std::vector<const Candidate*> fitting;
   for (const Candidate& candidate : plan.candidates)
-    if (candidate.fit) fitting.push_back(&candidate);
+    if (candidate.fit &&
+        (only.empty() || only == candidate.kernel || only == candidate.kernel + ':' + to_string(candidate.config)))
+      fitting.push_back(&candidate);
   std::stable_sort(fitting.begin(), fitting.end(),
                    [](const Candidate* x, const Candidate* y) { return x->fit.microseconds < y->fit.microseconds; });
   std::map<std::string, int> of_kernel, of_tile;
@@ -355,7 +357,8 @@ int run_tune(const Options& options) {
   int measured = 0;
   for (std::size_t index = 0; index < options.problems.size(); ++index) {
     const auto [problem, epilogue] = parse_problem_and_epilogue(options.problems[index]);
-    const std::vector<std::string> names = top_candidates(problem, epilogue, device, options.top > 0 ? options.top : 6);
+    const std::vector<std::string> names =
+        top_candidates(problem, epilogue, device, options.top > 0 ? options.top : 6, options.only);
     if (names.empty()) continue;
     RandomTensors tensors(problem, epilogue, device);
     std::printf("[%zu/%zu] %s\n", index + 1, options.problems.size(), to_string(problem, epilogue).c_str());
@@ -403,7 +406,7 @@ int run_compile(const Options& options) {
     if (options.chosen) {
       names.push_back(options.only);
     } else if (options.top > 0) {
-      names = top_candidates(problem, epilogue, device, options.top);
+      names = top_candidates(problem, epilogue, device, options.top, options.only);
     } else {
       for (const Kernel* kernel : kernels(Backend::cuda)) {
         for (const Config& config : kernel->configs) {

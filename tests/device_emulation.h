@@ -151,28 +151,26 @@ inline void emulated_copy_box(void* to, const EmulatedTensor& from, const long l
   if (shared_address(to) % (from.exchange_bytes == 128 ? 1024 : 128) != 0) emulated_failure("alignment of a box");
   if (at[0] * from.element_bytes % 16 != 0) emulated_failure("a box that does not start on 16 bytes");
   const int row_bytes = from.box[0] * from.element_bytes;
-  long long row = 0;
-  for (int d = 0; d < from.box[3]; ++d)
-    for (int h = 0; h < from.box[2]; ++h)
-      for (int w = 0; w < from.box[1]; ++w, ++row)
-        for (int c = 0; c < from.box[0]; ++c) {
-          const long long x[5] = {at[0] + c * from.step[0], at[1] + w * from.step[1], at[2] + h * from.step[2],
-                                  at[3] + d * from.step[3], at[4]};
-          bool inside = true;
-          long long offset = x[0] * from.element_bytes;
-          for (int dim = 0; dim < 5; ++dim) {
-            inside = inside && x[dim] >= 0 && x[dim] < from.size[dim];
-            if (dim > 0) offset += x[dim] * from.stride[dim - 1];
-          }
-          const unsigned flat = shared_address(to) + static_cast<unsigned>(row * row_bytes + c * from.element_bytes);
-          const unsigned address =
-              from.exchange_bytes == 0 ? flat : flat ^ (flat >> 7 & (from.exchange_bytes / 16 - 1)) << 4;
-          if (inside)
-            std::memcpy(emulated_memory + address, from.first + offset, from.element_bytes);
-          else
-            std::memset(emulated_memory + address, 0, from.element_bytes);
-        }
-  emulated_arrive(barrier, 0, -row * row_bytes);
+  const long long rows = static_cast<long long>(from.box[1]) * from.box[2] * from.box[3] * from.box[4];
+  for (long long row = 0; row < rows; ++row)
+    for (int c = 0; c < from.box[0]; ++c) {
+      long long x[5] = {at[0] + c * from.step[0]}, rest = row;
+      for (int dim = 1; dim < 5; rest /= from.box[dim++]) x[dim] = at[dim] + rest % from.box[dim] * from.step[dim];
+      bool inside = true;
+      long long offset = x[0] * from.element_bytes;
+      for (int dim = 0; dim < 5; ++dim) {
+        inside = inside && x[dim] >= 0 && x[dim] < from.size[dim];
+        if (dim > 0) offset += x[dim] * from.stride[dim - 1];
+      }
+      const unsigned flat = shared_address(to) + static_cast<unsigned>(row * row_bytes + c * from.element_bytes);
+      const unsigned address =
+          from.exchange_bytes == 0 ? flat : flat ^ (flat >> 7 & (from.exchange_bytes / 16 - 1)) << 4;
+      if (inside)
+        std::memcpy(emulated_memory + address, from.first + offset, from.element_bytes);
+      else
+        std::memset(emulated_memory + address, 0, from.element_bytes);
+    }
+  emulated_arrive(barrier, 0, -rows * row_bytes);
 }
 
 template <typename Map>
@@ -246,19 +244,26 @@ inline float emulated_element(unsigned address, EmulatedType type) {
 }
 struct EmulatedOperand {
   unsigned first, along_k, along_rows, exchange;
-  explicit EmulatedOperand(unsigned long long descriptor)
+  bool channels_inner;  // 16-bit, units exchanged: a line holds the rows of one k
+  explicit EmulatedOperand(unsigned long long descriptor, bool inner = false)
       : first((descriptor & 0x3fff) << 4),
         along_k((descriptor >> 16 & 0x3fff) << 4),
         along_rows((descriptor >> 32 & 0x3fff) << 4),
-        exchange(static_cast<unsigned>(descriptor >> 62)) {}
+        exchange(static_cast<unsigned>(descriptor >> 62)),
+        channels_inner(inner) {}
   float at(int row, int k, EmulatedType type) const {
     const int per_unit = type == EmulatedType::tf32 ? 4 : 8;
-    if (exchange != 0) {
-      const unsigned row_bytes = exchange == 1 ? 128 : exchange == 2 ? 64 : 32;
-      const unsigned flat =
-          first + row / 8 * along_rows + row % 8 * row_bytes + k / per_unit * 16 + k % per_unit * (16 / per_unit);
-      return emulated_element(flat ^ (flat >> 7 & (row_bytes / 16 - 1)) << 4, type);
+    const unsigned line = exchange == 1 ? 128 : exchange == 2 ? 64 : 32;
+    auto exchanged = [line](unsigned flat) { return flat ^ (flat >> 7 & (line / 16 - 1)) << 4; };
+    if (channels_inner) {
+      const int per_line = static_cast<int>(line) / 2;  // along_k: lines of the next rows; along_rows: the next 8 k
+      return emulated_element(
+          exchanged(first + row / per_line * along_k + k / 8 * along_rows + k % 8 * line + row % per_line * 2), type);
     }
+    if (exchange != 0)
+      return emulated_element(
+          exchanged(first + row / 8 * along_rows + row % 8 * line + k / per_unit * 16 + k % per_unit * (16 / per_unit)),
+          type);
     return emulated_element(
         first + k / per_unit * along_k + row / 8 * along_rows + row % 8 * 16 + k % per_unit * (16 / per_unit), type);
   }
@@ -268,11 +273,11 @@ static thread_local std::deque<std::vector<std::function<void()>>> emulated_prod
 static std::unique_ptr<std::barrier<>> emulated_block, emulated_loaders, emulated_warps[32];
 template <int kSums>
 void emulated_wgmma(float (&sum)[kSums], unsigned long long rows, unsigned long long columns, bool accumulate,
-                    EmulatedType type) {
+                    EmulatedType type, bool channels_inner = false) {
   float* const to = sum;
   const int warp = threadIdx.x % 128 / 32, quad = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
   emulated_products.push_back([=] {
-    const EmulatedOperand a(rows), b(columns);
+    const EmulatedOperand a(rows, channels_inner), b(columns, channels_inner);
     const int depth = type == EmulatedType::tf32 ? 8 : 16;
     for (int n = 0; n < kSums / 4; ++n)
       for (int r = 0; r < 4; ++r) {
@@ -304,6 +309,10 @@ void emulated_wgmma(float (&sum)[kSums], const unsigned (&rows)[4], unsigned lon
 inline void wgmma_fence() {}
 inline void fence_shared_for_wgmma() {}
 inline void wgmma_commit() { emulated_product_groups.push_back(std::exchange(emulated_products, {})); }
+template <int kRegisters>
+void take_registers() {}
+template <int kRegisters>
+void give_registers() {}
 template <int kPending>
 void wgmma_wait() {
   emulated_warps[threadIdx.x / 32]->arrive_and_wait();

@@ -61,7 +61,8 @@ std::string on_host(std::string text) {
         "barrier_wait",      "copy_bulk",       "copy_box",          "copy_async",     "copy_part",
         "copy_async_commit", "copy_async_wait", "wgmma_fence",       "wgmma_commit",   "wgmma_wait",
         "wgmma_shared",      "wgmma_step",      "loaders_barrier",   "to_tf32",        "fence_shared_for_wgmma",
-        "nearest",           "nearest_tf32",    "turn_matrices",     "store_16"}) {
+        "nearest",           "nearest_tf32",    "turn_matrices",     "store_16",       "take_registers",
+        "give_registers"}) {
     const std::string call = ' ' + std::string(name) + '(';
     for (std::size_t at = 0; (at = text.find(call, at)) != std::string::npos; ++at) {
       std::size_t begin = text.rfind('\n', at) + 1;
@@ -133,6 +134,39 @@ std::string grad_weight_program(const Problem& problem, const Step& step, int of
   return text.str();
 }
 
+// The complete program of box_gemm_grad_weight_sm90: emulation, device source, copies, main.
+std::string box_program(const Problem& problem, const Step& step, int offset) {
+  const std::vector<Unit> units = step.kernel->units(step);
+  const std::string kernel = on_host(cuda::program_text(units[0]));
+  const std::string type = problem.dtype == DType::f32 ? "tf32" : problem.dtype == DType::f16 ? "f16" : "bf16";
+  std::ostringstream text;
+  text << "#include \"device_emulation.h\"\n"
+       << "inline void wgmma_shared(float (&sum)[" << definition(kernel, "BW_N") << " * "
+       << definition(kernel, "BW_COLUMNS") << " / 2], unsigned long long a, unsigned long long b, int accumulate) { "
+       << "emulated_wgmma(sum, a, b, accumulate != 0, EmulatedType::" << type << ", "
+       << (definition(kernel, "BW_POSITIONS_INNER") == "1" ? "false" : "true") << "); }\n"
+       << kernel << "template <> float emulated_narrow<float>(float x) { return x; }\n"
+       << "template <> f16_t emulated_narrow<f16_t>(float x) { return {emulated_f16_of(x)}; }\n"
+       << "template <> bf16_t emulated_narrow<bf16_t>(float x) { return {emulated_bf16_of(x)}; }\n";
+  const std::string finish = on_host(cuda::program_text(units[1]));
+  const bool by_fragments = units[1].entry == "box_gemm_finish";
+  text << "#define EMULATED_BY_FRAGMENTS " << by_fragments << "\n#define TG_BOXES 1\n#define TG_BLOCK_FLOATS "
+       << definition(finish, "TG_BLOCK_FLOATS") << "\n#define BW_FINISH_THREADS "
+       << definition(finish, "BW_FINISH_THREADS") << "\nnamespace finish {\n"
+       << finish.substr(finish.find(by_fragments ? "constexpr int kTaps =" : "struct Weight")) << "}\n";
+  if (units.size() > 4) {
+    const std::string packing = on_host(cuda::program_text(units[4]));
+    for (const char* name : {"BW_CLASS", "BW_FOLD_OFFSET", "BP_TW", "BP_ROWS", "BP_LOW", "BP_REACH", "BP_INPUT_LOT",
+                             "BP_GRAD_LOT", "BP_SHARED"})
+      text << "#define " << name << ' ' << definition(packing, name) << '\n';
+    text << "namespace pack {\n" << packing.substr(packing.find("struct PackSide")) << "}\n";
+  }
+  text << "#define EMULATED_BATCH " << problem.batch << "\n#define EMULATED_OFFSET " << offset
+       << "\n#define EMULATED_INPUT " << list(problem.input) << "\n#define EMULATED_OUTPUT "
+       << list(output_size(problem)) << "\n#include \"box_gemm_grad_weight_emulation.h\"\n";
+  return text.str();
+}
+
 struct Case {
   const char* problem;
   const char* config;  // empty: the planner's
@@ -143,6 +177,7 @@ void PrintTo(const Case& given, std::ostream* out) { *out << given.config << " o
 
 class Emulation : public testing::TestWithParam<Case> {};
 class GradWeightEmulation : public testing::TestWithParam<Case> {};
+class BoxEmulation : public testing::TestWithParam<Case> {};
 
 void run(const Case& given, const std::string& kernel, std::string (*make_program)(const Problem&, const Step&, int)) {
   const auto [problem, epilogue] = parse_problem_and_epilogue(given.problem);
@@ -173,6 +208,7 @@ void run(const Case& given, const std::string& kernel, std::string (*make_progra
 
 TEST_P(Emulation, RingGemm) { run(GetParam(), "ring_gemm_sm90", program); }
 TEST_P(GradWeightEmulation, RingGemm) { run(GetParam(), "ring_gemm_grad_weight_sm90", grad_weight_program); }
+TEST_P(BoxEmulation, BoxGemm) { run(GetParam(), "box_gemm_grad_weight_sm90", box_program); }
 
 // Vector and gathered staging, both layouts, resident and reloaded chunks, folded widths, passes as items, empty passes,
 // images as rows, runs side by side, three and seven warps that load, odd offsets.
@@ -226,6 +262,25 @@ INSTANTIATE_TEST_SUITE_P(Cases, GradWeightEmulation,
                                          Case{"2d b2 g2 c32>16 i6x20 t4x4 s2 p1 grad_weight tf32", ""},
                                          Case{"2d c8>1 i6x16 t9x9 s4 p4 op3 grad_weight tf32", ""},
                                          Case{"2d c32>64 i8x12 t3x3 s5 p1 d2 grad_weight tf32", ""}));
+
+// Tensors as they are, with steps and gathered; copies with channels or positions innermost; taps as rows and as columns,
+// pieces of all widths, several classes of rows, more pieces than taps, groups, padded channels, several flushes.
+INSTANTIATE_TEST_SUITE_P(
+    Cases, BoxEmulation,
+    testing::Values(Case{"2d b2 c64>64 i9x13 t3x3 f16 channels_last grad_weight", "64x256x64,s2,w4"},
+                    Case{"2d b3 c72>40 i5x6 t2x2 s2 f16 channels_last grad_weight", "128x64x64,s2,w8"},
+                    Case{"2d b2 c40>136 i7x6 t3x3 s2 p1 op1 bf16 channels_last grad_weight", "256x64x64,s2,w8,k1"},
+                    Case{"2d c72>24 i7x6 t3x3 s5 p1 d2 f16 channels_last grad_weight", "64x128x64,s2,w4", 1},
+                    Case{"3d b2 g2 c16>24 i3x4x5 t3x3x3 s2 p1 f16 channels_last grad_weight", "64x64x64,s2,w4"},
+                    Case{"2d b2 c20>3 i6x9 t4x4 s2 p1 f16 channels_last grad_weight", "64x64x64,s2,w4"},
+                    Case{"2d b2 g4 c32>32 i6x9 t3x3 s2 p1 f16 channels_last grad_weight", "64x32x64,s2,w4,k3"},
+                    Case{"2d b2 c72>40 i5x6 t2x2 s2 f16 grad_weight", "128x128x64,s2,w8,k1"},
+                    Case{"1d b5 c40>72 i30 t16 s8 p4 bf16 grad_weight", "64x256x64,s2,w4", 1},
+                    Case{"1d b5 c80>40 i30 t16 s8 p4 grad_weight tf32", "192x144x64,s2,w12,k1"},
+                    Case{"2d c24>1 i9x14 t9x9 s4 p4 op3 grad_weight tf32", "64x256x64,s2,w4"},
+                    Case{"3d b2 c96>33 i3x4x7 t3x3x3 s2x1x2 p1 d1x2x1 grad_weight tf32", "128x64x64,s2,w8"},
+                    Case{"2d b2 g2 c40>24 i5x9 t2x2 s2 channels_last grad_weight tf32", "64x64x64,s2,w4"},
+                    Case{"2d b4 c64>64 i16x40 t2x2 s2 grad_weight tf32", "256x64x64,s2,w16,k1"}));
 
 }  // namespace
 }  // namespace tconv

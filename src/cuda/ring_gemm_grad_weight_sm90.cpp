@@ -312,7 +312,6 @@ std::vector<Unit> units(const Step& step) {
   text << layer;
   auto define = [&text](const char* name, auto value) { text << "#define " << name << ' ' << value << '\n'; };
   define("TG_TAPS", g.sets * g.taps_h * (64 / g.channels));
-  define("TG_NUM_TAPS", volume(step.problem.kernel));
   define("TG_SLICES", g.slices);
   define("TG_CHANNELS", g.channels);
   define("TG_BN", config.block_n);

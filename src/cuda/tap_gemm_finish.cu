@@ -1,41 +1,41 @@
-// tap_gemm_finish — adds the partial sums of the tap_gemm_grad_weight kernels in share order and stores the weight gradient.
+// tap_gemm_finish — adds the partial sums of the weight-gradient kernels in share order and stores the weight gradient.
 // Computes  grad_weight[ci, co, t] = sum over shares and k-warps of partial, one rounding to the problem's dtype
-// Method    eight lanes per element take every eighth share each, then add up in a fixed tree: reads stay whole lines
-//           because neighbouring elements are neighbouring threads of the same eighth
+// Method    a thread takes the four sums of a lane's fragment, so that reads are whole lines; up to eight threads share the
+//           summands of one fragment (every eighth each) and add up in a fixed tree. With one element a thread and always
+//           eight of them, 2 million weights of two summands took 54 us on an H100.
 // Reads as  1 locate · 2 load · 5 store
 // SPDX-License-Identifier: Apache-2.0
 #include "convert.cuh"
 
+#if !TG_BOXES
 __constant__ int tg_slice_tap[] = {TG_SLICE_TAP};  // [slice][TG_TAPS] -> packed tap, or -1
+#endif
 
-extern "C" __global__ void __launch_bounds__(256)
-    tap_gemm_finish(const float* partial, storage_t* grad_weight, int summands) {
-  // 256 threads: 8 eighths of 32 elements.
-  __shared__ float sums[8][33];
-  constexpr long long kPerBlock = TG_BLOCK_FLOATS;
-  const int eighth = threadIdx.x / 32, lane32 = threadIdx.x % 32;
-  const long long element = blockIdx.x * 32ll + lane32;  // kPerBlock is a multiple of 32
-  const long long block = element / kPerBlock, inner = element % kPerBlock;
-  const float* from = partial + block * summands * kPerBlock + inner;
-  float sum = 0.f;
-#pragma unroll 4
-  for (int s = eighth; s < summands; s += 8) sum += from[s * kPerBlock];
-  sums[eighth][lane32] = sum;
-  __syncthreads();
-  if (eighth != 0) return;
-#pragma unroll
-  for (int e = 1; e < 8; ++e) sum += sums[e][lane32];
+struct Weight {
+  int ci, co, tap;  // of the group; tap -1: none
+};
 
+// Element r of fragment `rest` of a block of sums.
+__device__ __forceinline__ Weight weight_at(unsigned block, int rest, int r) {
+  const int quad = rest % 32 / 4, quarter = rest % 4;
+  rest /= 32;
+#if TG_BOXES
+  const int block_n = block % BW_BLOCKS_N, block_m = block / BW_BLOCKS_N % BW_BLOCKS_M;
+  const int row = rest % 4 * 16 + quad + r / 2 * 8;
+  const int n = rest / 4 % (BW_N * BW_COLUMNS / 8) * 8 + quarter * 2 + r % 2;
+  const int row_piece = block_m * BW_ROWS + rest / 4 / (BW_N * BW_COLUMNS / 8);
+  const int column_piece = block_n * BW_COLUMNS + n / BW_N, column = n % BW_N;
+#if BW_INPUT_ROWS
+  const int ci = row_piece * 64 + row, piece = column_piece, channel = piece % BW_TAP_PIECES * BW_N + column;
+#else
+  const int ci = column_piece * BW_N + column, piece = row_piece, channel = piece % BW_TAP_PIECES * 64 + row;
+#endif
+  const bool exists = piece < BW_NUM_OUTER * BW_TAP_PIECES && channel < BW_FOLD * TCONV_CO;
+  return {ci, channel % TCONV_CO, exists ? piece / BW_TAP_PIECES * BW_FOLD + channel / TCONV_CO : -1};
+#else
   const int slice = block % TG_SLICES;
   const int block_n = block / TG_SLICES % TG_BLOCKS_N;
   const int block_m = block / TG_SLICES / TG_BLOCKS_N % TG_BLOCKS_M;
-  const int group = block / TG_SLICES / TG_BLOCKS_N / TG_BLOCKS_M;
-  // Where the kernel that summed keeps this element: fragments of 4 per lane.
-  int rest = static_cast<int>(inner);
-  const int r = rest % 4;
-  rest /= 4;
-  const int quad = rest % 32 / 4, quarter = rest % 4;
-  rest /= 32;
 #if TG_WARPGROUP
   const int warp = rest % 4, n8 = rest / 4 % (TG_BN / 8), set = rest / 4 / (TG_BN / 8);
   const int row = warp * 16 + quad + r / 2 * 8, column = block_n * TG_BN + n8 * 8 + quarter * 2 + r % 2;
@@ -52,7 +52,50 @@ extern "C" __global__ void __launch_bounds__(256)
   const int ci = block_m * TG_BM + warp_m * TG_WM + mi * 16 + quad + r / 2 * 8;
   const int co = block_n * TG_BN + warp_n * TG_WN + ni * 8 + quarter * 2 + r % 2;
 #endif
-  const int tap = tg_slice_tap[slice * TG_TAPS + t];
-  if (ci >= TCONV_CI || co >= TCONV_CO || tap < 0) return;
-  grad_weight[((group * (long long)TCONV_CI + ci) * TCONV_CO + co) * TG_NUM_TAPS + tap] = narrow<storage_t>(sum);
+  return {ci, co, tg_slice_tap[slice * TG_TAPS + t]};
+#endif
+}
+
+#if TG_BOXES
+#define TG_BLOCKS_OF_GROUP (BW_BLOCKS_N * BW_BLOCKS_M)
+#else
+#define TG_BLOCKS_OF_GROUP (TG_SLICES * TG_BLOCKS_N * TG_BLOCKS_M)
+#endif
+
+// 256 threads: `lanes` (1, 2, 4, 8) for each of 256 / lanes fragments.
+extern "C" __global__ void __launch_bounds__(256)
+    tap_gemm_finish(const float4* partial, storage_t* grad_weight, int summands, unsigned fragments, int lanes) {
+  __shared__ float4 sums[256];
+  constexpr unsigned kPerBlock = TG_BLOCK_FLOATS / 4;
+  const unsigned per_thread_block = 256 / lanes, lane = threadIdx.x / per_thread_block;
+  const unsigned fragment = blockIdx.x * per_thread_block + threadIdx.x % per_thread_block;
+  const unsigned block = fragment / kPerBlock;
+  const int inner = fragment % kPerBlock;
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (fragment < fragments) {
+    const float4* from = partial + (static_cast<unsigned long long>(block) * summands) * kPerBlock + inner;
+#pragma unroll 4
+    for (int s = lane; s < summands; s += lanes) {
+      const float4 x = from[static_cast<unsigned long long>(s) * kPerBlock];
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+  }
+  if (lanes > 1) {
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+  }
+  if (lane != 0 || fragment >= fragments) return;
+  for (int e = 1; e < lanes; ++e) {
+    const float4 x = sums[e * per_thread_block + threadIdx.x];
+    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+  }
+  const float element[4] = {sum.x, sum.y, sum.z, sum.w};
+  const long long group = block / TG_BLOCKS_OF_GROUP;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const Weight at = weight_at(block, inner, r);
+    if (at.ci < TCONV_CI && at.co < TCONV_CO && at.tap >= 0)
+      grad_weight[((group * TCONV_CI + at.ci) * TCONV_CO + at.co) * (TCONV_K0 * TCONV_K1 * TCONV_K2) + at.tap] =
+          narrow<storage_t>(element[r]);
+  }
 }

@@ -133,7 +133,6 @@ std::vector<Unit> units(const Step& step) {
   text << layer;
   auto define = [&text](const char* name, auto value) { text << "#define " << name << ' ' << value << '\n'; };
   define("TG_TAPS", g.taps);
-  define("TG_NUM_TAPS", g.num_taps);
   define("TG_SLICES", g.slices);
   define("TG_CHANNELS", step.config.block_m);
   define("TG_BN", step.config.block_n);

@@ -258,7 +258,6 @@ std::vector<Unit> units(const Step& step) {
   text << layer;
   auto define = [&text](const char* name, auto value) { text << "#define " << name << ' ' << value << '\n'; };
   define("TG_TAPS", g.taps);
-  define("TG_NUM_TAPS", g.num_taps);
   define("TG_SLICES", g.slices);
   define("TG_INPUT_ROWS", config.split == 0 ? 1 : 0);
   define("TG_CHANNELS", config.split == 0 ? 64 : config.block_m);

@@ -149,13 +149,18 @@ std::size_t bias_floats(const Problem& problem) {
 
 void launch_sums(const Step& step, const Tensors& tensors, Stream stream, std::int64_t elements, int summands,
                  std::size_t partial_floats) {
+  const void* partial = tensors.workspace;
+  void* grad_weight = tensors.output;
+  unsigned fragments = static_cast<unsigned>(elements / 4);
+  int lanes = 1;
+  while (lanes < 8 && lanes < summands) lanes *= 2;
+  void* args[] = {&partial, &grad_weight, &summands, &fragments, &lanes};
+  launch(function(step, 1), {static_cast<unsigned>(ceil_div(int64_t{fragments} * lanes, 256))}, stream, args);
+  launch_bias_sums(step, tensors, stream, partial_floats);
+}
+
+void launch_bias_sums(const Step& step, const Tensors& tensors, Stream stream, std::size_t partial_floats) {
   const Problem& problem = step.problem;
-  {
-    const void* partial = tensors.workspace;
-    void* grad_weight = tensors.output;
-    void* args[] = {&partial, &grad_weight, &summands};
-    launch(function(step, 1), {static_cast<unsigned>(elements / 32)}, stream, args);
-  }
   if (tensors.grad_bias == nullptr) return;
   float* partial = static_cast<float*>(tensors.workspace) + partial_floats;
   const void* grad_output = tensors.grad_output;

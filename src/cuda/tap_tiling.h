@@ -65,5 +65,7 @@ TapArguments tap_arguments(const Problem& problem, const Tensors& tensors, const
 std::size_t bias_floats(const Problem& problem);
 void launch_sums(const Step& step, const Tensors& tensors, Stream stream, std::int64_t elements, int summands,
                  std::size_t partial_floats);
+// The bias gradient alone, where there is one.
+void launch_bias_sums(const Step& step, const Tensors& tensors, Stream stream, std::size_t partial_floats);
 
 }  // namespace tconv::cuda

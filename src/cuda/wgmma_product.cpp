@@ -26,7 +26,7 @@ std::string product_text(DType dtype, int columns, bool channel_units) {
   return text.str();
 }
 
-std::string shared_product_text(DType dtype, int columns) {
+std::string shared_product_text(DType dtype, int columns, bool channels_inner) {
   const char* types = dtype == DType::f32 ? "f32.tf32.tf32" : dtype == DType::f16 ? "f32.f16.f16" : "f32.bf16.bf16";
   std::ostringstream text;
   const int sums = columns / 2;
@@ -36,7 +36,10 @@ std::string shared_product_text(DType dtype, int columns) {
        << ", 0;\\n\"\n    \"wgmma.mma_async.sync.aligned.m64n" << columns << (dtype == DType::f32 ? "k8." : "k16.")
        << types << " {";
   for (int i = 0; i < sums; ++i) text << (i ? "," : "") << '%' << i;
-  text << "}, %" << sums << ", %" << sums + 1 << ", p, 1, 1" << (dtype == DType::f32 ? "" : ", 0, 0")
+  text << "}, %" << sums << ", %" << sums + 1 << ", p, 1, 1"
+       << (dtype == DType::f32 ? ""
+           : channels_inner    ? ", 1, 1"
+                               : ", 0, 0")
        << "; }\"\n    : ";
   for (int i = 0; i < sums; ++i) text << (i ? "," : "") << "\"+f\"(d[" << i << "])";
   text << "\n    : \"l\"(a), \"l\"(b), \"r\"(accumulate));\n}\n";

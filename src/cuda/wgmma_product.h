@@ -14,7 +14,8 @@ namespace tconv::cuda {
 std::string product_text(DType dtype, int columns, bool channel_units = false);
 
 // `void wgmma_shared(float (&sum)[columns / 2], rows, columns, int accumulate)`: the same with both operands behind
-// descriptors, k contiguous; without `accumulate` the sums start from zero.
-std::string shared_product_text(DType dtype, int columns);
+// descriptors; without `accumulate` the sums start from zero. k is contiguous in memory, or with channels_inner (16-bit only)
+// the rows and columns are.
+std::string shared_product_text(DType dtype, int columns, bool channels_inner = false);
 
 }  // namespace tconv::cuda
