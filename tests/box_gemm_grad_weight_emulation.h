@@ -58,13 +58,13 @@ int main() {
     pack::PackSide& to = side == 0 ? p.input : p.grad;
     const long long channels = side == 0 ? in_channels : out_channels, plane = side == 0 ? input_plane : output_plane;
     to.from = side == 0 ? x.first : grad.first, to.to = copy;
-    to.image = channels * plane, to.channel = last ? channels : plane;
+    to.image = channels * plane, to.channel = last && channels > 1 ? channels : plane;
     to.pitch = BW_POSITIONS_INNER ? length : pitches[side];
     for (int dim = 0; dim < 3; ++dim) to.size[dim] = static_cast<int>(side == 0 ? input[dim] : output[dim]);
     const long long lots = side == 0 ? (TCONV_CI + BP_INPUT_LOT - 1) / BP_INPUT_LOT
                                      : BW_CLASSES * ((TCONV_CO + BP_GRAD_LOT - 1) / BP_GRAD_LOT);
     to.blocks = static_cast<unsigned>((p.rows + BP_ROWS - 1) / BP_ROWS * p.strips * TCONV_GROUPS * lots);
-    to.wide = EMULATED_OFFSET == 0 && (last ? channels / TCONV_GROUPS : to.size[2]) % (16 / kSize) == 0;
+    to.wide = EMULATED_OFFSET == 0 && (last && channels > 1 ? channels / TCONV_GROUPS : to.size[2]) % (16 / kSize) == 0;
     const long long inner = BW_POSITIONS_INNER ? length : pitches[side],
                     rows = BW_POSITIONS_INNER ? pitches[side] : length;
     const int width = side == 0 ? kInputWidth : kGradWidth;

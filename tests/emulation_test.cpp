@@ -273,6 +273,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"2d c72>24 i7x6 t3x3 s5 p1 d2 f16 channels_last grad_weight", "64x128x64,s2,w4", 1},
                     Case{"3d b2 g2 c16>24 i3x4x5 t3x3x3 s2 p1 f16 channels_last grad_weight", "64x64x64,s2,w4"},
                     Case{"2d b2 c20>3 i6x9 t4x4 s2 p1 f16 channels_last grad_weight", "64x64x64,s2,w4"},
+                    Case{"2d c24>1 i9x16 t9x9 s4 p4 op3 f16 channels_last grad_weight", "64x256x64,s2,w4"},
                     Case{"2d b2 g4 c32>32 i6x9 t3x3 s2 p1 f16 channels_last grad_weight", "64x32x64,s2,w4,k3"},
                     Case{"2d b2 c72>40 i5x6 t2x2 s2 f16 grad_weight", "128x128x64,s2,w8,k1"},
                     Case{"1d b5 c40>72 i30 t16 s8 p4 bf16 grad_weight", "64x256x64,s2,w4", 1},

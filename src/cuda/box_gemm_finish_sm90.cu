@@ -13,7 +13,7 @@ constexpr int kInputs = BW_INPUT_ROWS ? 16 : 8, kOutputs = BW_INPUT_ROWS ? 8 : 1
 constexpr int kColumnGroups = BW_N * BW_COLUMNS / 8;
 constexpr unsigned kPerBlock = TG_BLOCK_FLOATS / 4;
 
-extern "C" __global__ void __launch_bounds__(BW_FINISH_THREADS)
+extern "C" __global__ void __launch_bounds__(BW_FINISH_THREADS, 1024 / BW_FINISH_THREADS)
     box_gemm_finish(const float4* partial, storage_t* grad_weight, int summands) {
   __shared__ float tile[kInputs * kOutputs][kChunk | 1];
   constexpr int kAllInputs = (TCONV_CI + kInputs - 1) / kInputs, kAllOutputs = TCONV_CO / kOutputs;

@@ -31,6 +31,8 @@ __constant__ int bw_fold_offset[] = {BW_FOLD_OFFSET};  // [width tap] -> column 
 template <bool kGrad>
 struct Packing {
   static constexpr int kClasses = kGrad ? BW_CLASSES : 1, kFold = kGrad ? BW_FOLD : 1;
+  // A single channel lies as in a contiguous tensor.
+  static constexpr bool kLast = TCONV_CHANNELS_LAST && (kGrad ? TCONV_CO : TCONV_CI) * TCONV_GROUPS > 1;
   static constexpr int kSource = kGrad ? TCONV_CO : TCONV_CI, kLot = kGrad ? BP_GRAD_LOT : BP_INPUT_LOT;
   static constexpr int kLots = (kSource + kLot - 1) / kLot;
   static constexpr int kStepD = kGrad ? TCONV_S0 : 1, kStepH = kGrad ? TCONV_S1 : 1, kStepW = kGrad ? TCONV_S2 : 1;
@@ -38,18 +40,16 @@ struct Packing {
   static constexpr int kPerUnit = 16 / sizeof(storage_t), kPerWord = 4 / sizeof(storage_t);
   // Staged columns of a row. Contiguous: from a multiple of a unit on, so that a row has whole units.
   static constexpr int kReach = kStepW * (BP_TW - 1) + (kGrad ? BP_REACH : 0) + 1;
-  static constexpr int kColumns =
-      TCONV_CHANNELS_LAST ? kReach : (kReach + kPerUnit - 1 + kPerUnit - 1) / kPerUnit * kPerUnit;
+  static constexpr int kColumns = kLast ? kReach : (kReach + kPerUnit - 1 + kPerUnit - 1) / kPerUnit * kPerUnit;
   // Elements between channels (contiguous) or columns (channels_last). Contiguous: 1 more word than a multiple of 4, so
   // that four units of 8 channels at 8 neighbouring positions lie in different banks.
   static constexpr int kStride =
-      TCONV_CHANNELS_LAST ? kLot + kPerWord : (BP_ROWS * kColumns / kPerWord + 3) / 4 * 4 * kPerWord + kPerWord;
-  static constexpr int kElements = TCONV_CHANNELS_LAST ? BP_ROWS * kColumns * kStride : kLot * kStride;
+      kLast ? kLot + kPerWord : (BP_ROWS * kColumns / kPerWord + 3) / 4 * 4 * kPerWord + kPerWord;
+  static constexpr int kElements = kLast ? BP_ROWS * kColumns * kStride : kLot * kStride;
   static_assert(kElements * sizeof(storage_t) <= BP_SHARED);
 
   static __device__ __forceinline__ int staged(int row, int column, int channel) {
-    return TCONV_CHANNELS_LAST ? (row * kColumns + column) * kStride + channel
-                               : channel * kStride + row * kColumns + column;
+    return kLast ? (row * kColumns + column) * kStride + channel : channel * kStride + row * kColumns + column;
   }
 
   // kWide: a unit of kPerUnit elements at a time, all inside or all outside.
@@ -57,21 +57,20 @@ struct Packing {
   static __device__ __forceinline__ void load(const PackSide& side, storage_t* tile, const long long* row_offset,
                                               int w0, int channel0, int channels) {
     constexpr int kPer = kWide ? kPerUnit : 1;
-    constexpr int kFast = (TCONV_CHANNELS_LAST ? kLot : kColumns) / kPer, kSlow = TCONV_CHANNELS_LAST ? kColumns : kLot;
+    constexpr int kFast = (kLast ? kLot : kColumns) / kPer, kSlow = kLast ? kColumns : kLot;
     constexpr int kAll = kFast * kSlow * BP_ROWS, kTurns = (kAll + 255) / 256;
 #pragma unroll 4
     for (int turn = 0; turn < kTurns; ++turn) {
       const int i = turn * 256 + threadIdx.x;
       if (kAll % 256 != 0 && i >= kAll) break;
       const int fast = i % kFast * kPer, row = i / kFast % BP_ROWS, slow = i / (kFast * BP_ROWS);
-      const int column = TCONV_CHANNELS_LAST ? slow : fast, channel = TCONV_CHANNELS_LAST ? fast : slow;
+      const int column = kLast ? slow : fast, channel = kLast ? fast : slow;
       const int w = w0 + column;
       const long long offset = row_offset[row];
       const bool inside = offset >= 0 && (unsigned)w < (unsigned)side.size[2] && channel < channels;
-      const storage_t* from =
-          side.from + (inside ? offset + (TCONV_CHANNELS_LAST ? w * side.channel + channel0 + channel
-                                                              : (channel0 + channel) * side.channel + w)
-                              : 0);
+      const storage_t* from = side.from + (inside ? offset + (kLast ? w * side.channel + channel0 + channel
+                                                                    : (channel0 + channel) * side.channel + w)
+                                                  : 0);
       storage_t* const to = tile + staged(row, column, channel);
       if constexpr (kWide) {
         const uint4 unit = inside ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
@@ -104,14 +103,14 @@ struct Packing {
             row < a.rows && (unsigned)d < (unsigned)side.size[0] && (unsigned)h < (unsigned)side.size[1];
         row_offset[threadIdx.x] =
             inside ? row / (a.extent[1] * a.extent[0]) * side.image +
-                         ((long long)d * side.size[1] + h) * side.size[2] * (TCONV_CHANNELS_LAST ? side.channel : 1)
+                         ((long long)d * side.size[1] + h) * side.size[2] * (kLast ? side.channel : 1)
                    : -1;
       }
       __syncthreads();
 
       // 2 load
       const int start = i0 * kStepW + kLow;
-      const int skip = TCONV_CHANNELS_LAST ? 0 : start & (kPerUnit - 1);  // also of negative starts
+      const int skip = kLast ? 0 : start & (kPerUnit - 1);  // also of negative starts
       if (side.wide)
         load<true>(side, tile, row_offset, start - skip, group * kSource + c0, channels);
       else
@@ -133,15 +132,15 @@ struct Packing {
       const int p = threadIdx.x % 64;
       storage_t* const to = static_cast<storage_t*>(side.to) + base * side.pitch + position(p);
       if (exists(p)) {
-#pragma unroll 1
-        for (int t = 0; t < kFold; ++t)
 #pragma unroll 4
-          for (int channel = threadIdx.x / 64; channel < kLot; channel += 4)
-            if (channel < channels) {
+        for (int i = threadIdx.x / 64; i < kFold * kLot; i += 4) {
+          const int t = i / kLot, channel = i % kLot;
+          if (channel < channels) {
 #if TCONV_DTYPE_f32
-              to[(t * kSource + c0 + channel) * side.pitch] = __uint_as_float(to_tf32(value(p, t, channel)));
+            to[(t * kSource + c0 + channel) * side.pitch] = __uint_as_float(to_tf32(value(p, t, channel)));
 #endif
-            }
+          }
+        }
       }
 #else
       storage_t* const to = static_cast<storage_t*>(side.to) + base;
