@@ -328,7 +328,7 @@ Fit fit(const Problem& problem, const Epilogue&, const Device& device, const Con
   const double width = g.n * g.columns;
   const double products = 4.0 * g.rows * std::max(width / 2, 16 + width / 4) / 0.9;
   // The copy engine: 38 bytes a cycle and 3 cycles a row from copies, which lie in L2; from tensors 5 cycles a row (4 where
-  // it is a sector), whatever its length. On an H100 40 measurements lie within 25 % of this, most within 10 %.
+  // it is a sector), whatever its length.
   const double row_lines = g.rows * (g.inner ? 64 : g.positions);
   const double column_lines = g.columns * (g.inner ? g.n : g.positions);
   const double load =
