@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "driver.h"
+#include "finish_prelude.h"
 
 namespace tconv::cuda {
 namespace {
@@ -36,19 +37,6 @@ Step canonical(const Step& step) {
   plain.epilogue = step.epilogue;
   plain.epilogue.save = false;
   return plain;
-}
-
-int norm_number(const Epilogue& epilogue) {
-  const int index = norm_index(epilogue);
-  if (index < 0) return 0;
-  switch (epilogue.ops[static_cast<std::size_t>(index)].kind) {
-    case OpKind::group_norm:
-      return 1;
-    case OpKind::layer_norm:
-      return 2;
-    default:
-      return 3;
-  }
 }
 
 // Slots of the operands that have one value per channel, in order: these gradients are sums.
@@ -90,37 +78,8 @@ Sums sums_of(const Epilogue& epilogue) {
   return sums;
 }
 
-std::string prelude(const Step& step) {
-  const Epilogue& epilogue = step.epilogue;
-  std::string text = layer_prelude(canonical(step));
-  const int norm = norm_index(epilogue);
-  auto define = [&](const char* name, const std::string& value) {
-    text += std::string("#define ") + name + " " + value + "\n";
-  };
-  define("TCONV_NORM", std::to_string(norm_number(epilogue)));
-  if (norm >= 0) {
-    const Op& op = epilogue.ops[static_cast<std::size_t>(norm)];
-    char eps[40];
-    std::snprintf(eps, sizeof eps, "%.17g", op.a);
-    define("TCONV_NORM_EPS", eps);
-    define("TCONV_NORM_SLOT", std::to_string(operand_offset(epilogue, norm)));
-    define("TCONV_NORM_AFFINE", op.affine ? "1" : "0");
-  } else {
-    define("TCONV_NORM_AFFINE", "0");
-  }
-  if (step.problem.direction == Direction::grad_epilogue) {
-    const Sums sums = sums_of(epilogue);
-    define("TCONV_SUMS", std::to_string(sums.slots.size()));
-    define("TCONV_NORM_SUM", std::to_string(sums.norm));
-    text += "constexpr int kSumSlot[] = {";
-    for (const int slot : sums.slots) text += std::to_string(slot) + ", ";
-    text += "0};\n" + sums.functions;
-  }
-  return text;
-}
-
 std::vector<Unit> units(const Step& step) {
-  const std::string text = prelude(step);
+  const std::string text = finish_prelude(step);
   const int norm = norm_number(step.epilogue);
   std::vector<Unit> list;
   auto add = [&](const char* entry) { list.push_back({"finish.cu", entry, text, kThreads, 0}); };
@@ -306,6 +265,48 @@ void launch(const Step& step, const Tensors& tensors, Stream stream) {
 }
 
 }  // namespace
+
+int norm_number(const Epilogue& epilogue) {
+  const int index = norm_index(epilogue);
+  if (index < 0) return 0;
+  switch (epilogue.ops[static_cast<std::size_t>(index)].kind) {
+    case OpKind::group_norm:
+      return 1;
+    case OpKind::layer_norm:
+      return 2;
+    default:
+      return 3;
+  }
+}
+
+std::string finish_prelude(const Step& step) {
+  const Epilogue& epilogue = step.epilogue;
+  std::string text = layer_prelude(canonical(step));
+  const int norm = norm_index(epilogue);
+  auto define = [&](const char* name, const std::string& value) {
+    text += std::string("#define ") + name + " " + value + "\n";
+  };
+  define("TCONV_NORM", std::to_string(norm_number(epilogue)));
+  if (norm >= 0) {
+    const Op& op = epilogue.ops[static_cast<std::size_t>(norm)];
+    char eps[40];
+    std::snprintf(eps, sizeof eps, "%.17g", op.a);
+    define("TCONV_NORM_EPS", eps);
+    define("TCONV_NORM_SLOT", std::to_string(operand_offset(epilogue, norm)));
+    define("TCONV_NORM_AFFINE", op.affine ? "1" : "0");
+  } else {
+    define("TCONV_NORM_AFFINE", "0");
+  }
+  if (step.problem.direction == Direction::grad_epilogue) {
+    const Sums sums = sums_of(epilogue);
+    define("TCONV_SUMS", std::to_string(sums.slots.size()));
+    define("TCONV_NORM_SUM", std::to_string(sums.norm));
+    text += "constexpr int kSumSlot[] = {";
+    for (const int slot : sums.slots) text += std::to_string(slot) + ", ";
+    text += "0};\n" + sums.functions;
+  }
+  return text;
+}
 
 extern const Kernel finish;
 const Kernel finish{"finish", kConfigs, fit, units, prepare, launch};

@@ -13,7 +13,7 @@
 // Refuses   Other directions.
 // Reads as  Walk, reductions, then the entries in the order in which they are launched.
 // SPDX-License-Identifier: Apache-2.0
-#include "epilogue.cuh"
+#include "finish_moments.cuh"
 
 // Defined by finish.cpp: TCONV_NORM (0 none, 1 group_norm, 2 layer_norm, 3 batch_norm), TCONV_NORM_AFFINE,
 // TCONV_NORM_SLOT, TCONV_NORM_EPS; for gradients TCONV_SUMS, TCONV_NORM_SUM, kSumSlot, keep_before and keep_after.
@@ -160,15 +160,6 @@ struct Values {
   accum_t at[count];
 };
 
-// (count, mean, M2) of two disjoint sets as that of both.
-template <typename T>
-__device__ __forceinline__ void merge_moments(T& n, T& mean, T& m2, T other_n, T other_mean, T other_m2) {
-  if (other_n == T(0)) return;
-  const T total = n + other_n, share = other_n / total, distance = other_mean - mean;
-  mean = mean + distance * share;
-  m2 = m2 + other_m2 + distance * distance * n * share;
-  n = total;
-}
 struct MergeMoments {
   static __device__ void into(Values<3>& x, const Values<3>& y) {
     merge_moments(x.at[0], x.at[1], x.at[2], y.at[0], y.at[1], y.at[2]);
@@ -245,13 +236,6 @@ struct Norm {
   }
 };
 
-// What the norm, or the store, sees of an element.
-__device__ __forceinline__ accum_t before(const Arguments& a, storage_t raw, int channel, long long element,
-                                          const Operands& operands) {
-  accum_t x = tconv_pre<accum_t>(widen(raw)) + tconv_bias(a.bias, channel);
-  return tconv_epilogue<accum_t>(x, channel, element, operands);
-}
-
 // At least two blocks of a multiprocessor: without a number the compiler aims at more and spills in long chains.
 #define ENTRY(name)                                         \
   extern "C" __global__ void __launch_bounds__(kThreads, 2) \
@@ -271,8 +255,8 @@ ENTRY(finish_row_moments) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const bool exists = walk.exists(a, base, i / kPack, i % kPack);
-      x[i] =
-          exists ? before(a, raw[i], walk.channel, walk.element(a, base, i / kPack, i % kPack), operands) : accum_t(0);
+      x[i] = exists ? before(a.bias, raw[i], walk.channel, walk.element(a, base, i / kPack, i % kPack), operands)
+                    : accum_t(0);
       sum += x[i];
       count += exists;
     }
@@ -392,7 +376,7 @@ ENTRY(finish_position_moments) {
       const int c = base + i * across.slices;
       const long long element = across.row + c * across.step;
       x[i] = 0;
-      if (c < channels) x[i] = before(a, static_cast<const storage_t*>(a.input)[element], c, element, operands);
+      if (c < channels) x[i] = before(a.bias, static_cast<const storage_t*>(a.input)[element], c, element, operands);
       sum += x[i];
       count += c < channels;
     }
@@ -430,7 +414,7 @@ ENTRY(finish_apply) {
       result[i] = output_t{};
       if (!walk.exists(a, base, i / kPack, i % kPack)) continue;
       const long long element = walk.element(a, base, i / kPack, i % kPack);
-      accum_t x = before(a, raw[i], walk.channel, element, operands);
+      accum_t x = before(a.bias, raw[i], walk.channel, element, operands);
 #if TCONV_NORM
       accum_t mean = norm.mean, rstd = norm.rstd;
 #if TCONV_NORM == 2
@@ -467,7 +451,7 @@ ENTRY(finish_grad_rows) {
     for (int i = 0; i < kBatch; ++i) {
       if (!walk.exists(a, base, i / kPack, i % kPack)) continue;
       const long long element = walk.element(a, base, i / kPack, i % kPack);
-      const accum_t normal = (before(a, raw[i], walk.channel, element, operands) - norm.mean) * norm.rstd;
+      const accum_t normal = (before(a.bias, raw[i], walk.channel, element, operands) - norm.mean) * norm.rstd;
       accum_t unused[tconv_after_operands + 1];
       const accum_t g =
           tconv_after_grad<accum_t>(normal * norm.weight + norm.bias, static_cast<accum_t>(widen(grad[i])),
@@ -525,7 +509,7 @@ ENTRY(finish_grad_positions) {
 #pragma unroll 4
   for (int c = across.slice; c < channels; c += across.slices) {
     const long long element = across.row + c * across.step;
-    const accum_t x = before(a, static_cast<const storage_t*>(a.input)[element], c, element, operands);
+    const accum_t x = before(a.bias, static_cast<const storage_t*>(a.input)[element], c, element, operands);
     const accum_t normal = (x - mean) * rstd;
     accum_t weight = 1, bias = 0, unused[tconv_after_operands + 1];
 #if TCONV_NORM_AFFINE
