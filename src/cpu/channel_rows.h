@@ -156,7 +156,7 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
             const Vec<S> v = finish(load_lanes<S>(box.source, box.dtype, index + c, n));
             nothing += v * S(0);
             if (pitch < kBlock)
-              memcpy(to + c, &v, static_cast<size_t>(n) * sizeof(S));
+              store_part(to + c, v, n);
             else
               store(to + c, v);
           }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/grad_bias.h"
-#include "cpu/simd.h"
+#include "cpu/rows.h"
 
 namespace tconv::cpu {
 namespace {
@@ -36,19 +36,28 @@ void sum_bias_typed(const GradBiasTask& task, int64_t item) {
   const int64_t p1 = task.positions < p0 + kBiasRun ? task.positions : p0 + kBiasRun;
   double* sums = task.sums + item * channels;
   for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
-  // Sixteen positions at a time are added in S, then in double.
+  // Rows of several positions where there are few channels: one channel at a time took 20 of fsrcnn's 81 ms backward.
+  // Sixteen rows are added in S, then in double.
+  const int64_t fold = channels > 0 && channels < kPiece / 4 ? kPiece / 2 / channels : 1;
   S total[kPiece];
+  double wide[kPiece];
   for (int64_t c0 = 0; c0 < channels; c0 += kPiece) {
-    const int64_t n = channels - c0 < kPiece ? channels - c0 : kPiece;
-    for (int64_t p = p0; p < p1; p += 16) {
-      const int64_t end = p1 < p + 16 ? p1 : p + 16;
-      for (int64_t c = 0; c < n; ++c) total[c] = 0;
-      for (int64_t q = p; q < end; ++q) {
-        load_row(task.source, task.dtype, (b * task.positions + q) * channels + c0, n, line);
-        for (int64_t c = 0; c < n; ++c) total[c] += line[c];
+    const int64_t n = fold > 1 ? fold * channels : channels - c0 < kPiece ? channels - c0 : kPiece;
+    for (int64_t i = 0; i < n; ++i) wide[i] = 0;
+    for (int64_t p = p0; p < p1; p += 16 * fold) {
+      const int64_t end = p1 < p + 16 * fold ? p1 : p + 16 * fold;
+      for (int64_t i = 0; i < n; i += kLanes<S>) store(total + i, Vec<S>{});
+      for (int64_t q = p; q < end; q += fold) {
+        const int64_t count = q + fold <= end ? n : (end - q) * channels;  // of a fold of 1 never less
+        const int64_t index = (b * task.positions + q) * channels + c0;
+        for (int64_t i = 0; i < count; i += kLanes<S>) {
+          const int64_t left = count - i < kLanes<S> ? count - i : kLanes<S>;
+          store(total + i, load(total + i) + load_lanes<S>(task.source, task.dtype, index + i, left));
+        }
       }
-      for (int64_t c = 0; c < n; ++c) sums[c0 + c] += static_cast<double>(total[c]);
+      for (int64_t i = 0; i < n; ++i) wide[i] += static_cast<double>(total[i]);
     }
+    for (int64_t i = 0; i < n; ++i) sums[c0 + i % channels] += wide[i];
   }
 }
 

@@ -126,7 +126,7 @@ TCONV_INLINE void copy_part(S* to, const Vec<S>& v, int64_t n) {
   if (n >= kLanes<S>)
     store(to, v);
   else
-    memcpy(to, &v, static_cast<size_t>(n) * sizeof(S));
+    store_part(to, v, n);
 }
 
 // One vector of n <= lanes elements of any dtype; zeros behind them.
@@ -134,20 +134,17 @@ template <class S>
 TCONV_INLINE Vec<S> load_lanes(const void* source, DType dtype, int64_t index, int64_t n) {
   if constexpr (sizeof(S) == sizeof(float)) {
     if (dtype != DType::f32) {
-      VecH half{};
+      VecH half;
       const uint16_t* from = static_cast<const uint16_t*>(source) + index;
       if (n >= kLanes<S>)
         memcpy(&half, from, sizeof half);
       else
-        memcpy(&half, from, static_cast<size_t>(n) * sizeof(uint16_t));
+        half = load_part(from, n);
       return dtype == DType::f16 ? from_half(half) : from_bfloat(half);
     }
   }
   const S* from = static_cast<const S*>(source) + index;
-  if (n >= kLanes<S>) return load(from);
-  Vec<S> part{};
-  memcpy(&part, from, static_cast<size_t>(n) * sizeof(S));
-  return part;
+  return n >= kLanes<S> ? load(from) : load_part(from, n);
 }
 
 // rows[c * pitch + x] = element (index + x * stride + c) for c < channels, x < n.

@@ -258,6 +258,49 @@ TCONV_INLINE VecH to_half(VecF x) {
 #endif
 }
 
+// The first n <= lanes elements of a vector, zeros behind them. A masked move takes as long as a whole one; memcpy of a
+// length that the compiler does not know is a call, which took most of the time of staging 1 to 8 channels.
+template <class S>
+TCONV_INLINE Vec<S> load_part(const S* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == sizeof(float))
+    return bits_of<Vec<S>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
+  else
+    return bits_of<Vec<S>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p));
+#else
+  Vec<S> v{};
+  memcpy(&v, p, static_cast<size_t>(n) * sizeof(S));
+  return v;
+#endif
+}
+template <class S>
+TCONV_INLINE void store_part(S* p, Vec<S> v, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == sizeof(float))
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), bits_of<__m512>(v));
+  else
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), bits_of<__m512d>(v));
+#else
+  memcpy(p, &v, static_cast<size_t>(n) * sizeof(S));
+#endif
+}
+TCONV_INLINE VecH load_part(const uint16_t* p, int64_t n) {
+#if defined(__AVX512F__)
+  return bits_of<VecH>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
+#else
+  VecH h{};
+  memcpy(&h, p, static_cast<size_t>(n) * sizeof(uint16_t));
+  return h;
+#endif
+}
+TCONV_INLINE void store_part(uint16_t* p, VecH h, int64_t n) {
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), bits_of<__m256i>(h));
+#else
+  memcpy(p, &h, static_cast<size_t>(n) * sizeof(uint16_t));
+#endif
+}
+
 // May write up to one vector beyond dst[n - 1]; reads src exactly.
 TCONV_INLINE void load_row(const void* src, DType dtype, int64_t index, int64_t n, float* dst) {
   if (dtype == DType::f32) {
@@ -266,11 +309,11 @@ TCONV_INLINE void load_row(const void* src, DType dtype, int64_t index, int64_t 
   }
   const uint16_t* from = static_cast<const uint16_t*>(src) + index;
   for (int64_t i = 0; i < n; i += kLanes<float>) {
-    VecH h{};
+    VecH h;
     if (i + kLanes<float> <= n)
       memcpy(&h, from + i, sizeof h);
     else
-      memcpy(&h, from + i, static_cast<size_t>(n - i) * 2);
+      h = load_part(from + i, n - i);
     store(dst + i, dtype == DType::f16 ? from_half(h) : from_bfloat(h));
   }
 }
@@ -289,7 +332,7 @@ TCONV_INLINE void store_row(const float* src, void* dst, DType dtype, int64_t in
     if (i + kLanes<float> <= n)
       memcpy(to + i, &h, sizeof h);
     else
-      memcpy(to + i, &h, static_cast<size_t>(n - i) * 2);
+      store_part(to + i, h, n - i);
   }
 }
 TCONV_INLINE void store_row(const double* src, void* dst, DType, int64_t index, int64_t n) {
