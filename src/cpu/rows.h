@@ -79,28 +79,27 @@ void interleave(const S* phases, int64_t pitch, int64_t step, int64_t n, S* row)
     for (int64_t q = 0; q < n; ++q) row[step * q + r] = phases[r * pitch + q];
 }
 
+template <class S, int... Lane>
+TCONV_INLINE Vec<S> take_even(Vec<S> a, Vec<S> b, LaneList<Lane...>) {
+  return __builtin_shufflevector(a, b, (2 * Lane)...);
+}
+
 // to[q] = from[step * q] for q in [0, n).
 template <class S>
 void take_every(const S* from, int64_t step, int64_t n, S* to) {
-  if (step == 2) {
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-    int64_t q = 0;
-    for (; q + kLanes<S> < n; q += kLanes<S>) {  // the last block would read beyond the row
-      const Vec<S> a = load(from + 2 * q), b = load(from + 2 * q + kLanes<S>);
-      if constexpr (kLanes<S> == 16)
-        store(to + q, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
-      else if constexpr (kLanes<S> == 8)
-        store(to + q, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
-      else if constexpr (kLanes<S> == 4)
-        store(to + q, __builtin_shufflevector(a, b, 0, 2, 4, 6));
-      else
-        store(to + q, __builtin_shufflevector(a, b, 0, 2));
+  constexpr int64_t kBlock = kLanes<S>;
+  constexpr LaneNumbers<kLanes<S>> lanes;
+  int64_t q = 0;
+  if (step == 2)
+    for (; q + kBlock < n; q += kBlock)  // the last block would read beyond the row
+      store(to + q, take_even<S>(load(from + 2 * q), load(from + 2 * q + kBlock), lanes));
+  if (step == 4)
+    for (; q + kBlock < n; q += kBlock) {
+      const S* at = from + 4 * q;
+      store(to + q, take_even<S>(take_even<S>(load(at), load(at + kBlock), lanes),
+                                 take_even<S>(load(at + 2 * kBlock), load(at + 3 * kBlock), lanes), lanes));
     }
-    for (; q < n; ++q) to[q] = from[2 * q];
-    return;
-#endif
-  }
-  for (int64_t q = 0; q < n; ++q) to[q] = from[step * q];
+  for (; q < n; ++q) to[q] = from[step * q];
 }
 
 // v[i] lane j <-> v[j] lane i, in log2(lanes) rounds of two shuffles for each pair of vectors.
