@@ -8,8 +8,9 @@
 //           positions of the tile, whose sums are kept in the second. Any positions fill a register tile: each has its own
 //           offset. For avx512_bf16 a pair of source channels is a word of the tensor as it is. Depthwise layers have
 //           their channels along the vectors of both sides, and an item is a block of channels.
+//           Taps of few source channels are joined along the columns: channel_gemm.h says how.
 // Refuses   grad_weight, epilogues alone, contiguous tensors; targets above the machine's; f64 mixed with another dtype.
-//           For avx512_bf16 other dtypes, a pre-activation, an odd number of source channels per group.
+//           For avx512_bf16 other dtypes, a pre-activation, an odd number of source channels per group of several.
 // Reads as  channel_rows.h has the register tile, channel_gemm_driver.cpp chooses tiles; here are the loops over one tile.
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/channel_gemm.h"
@@ -67,6 +68,50 @@ struct Work {
   Buffers<S> buffers;
   int64_t group, b, samples, q0[3], n[3], box[3];
 
+  // A word for every value of a position, itself and the one that follows; rows are contiguous in a tensor of one group.
+  // Returns whether all values are finite: a window of odd length multiplies one beyond its end by zero.
+  bool stage_values() {
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(S) == sizeof(float)) {
+      typedef uint32_t VecU __attribute__((vector_size(kVecBytes)));
+      const int64_t k = task.k, *size = task.source_size;
+      int64_t first[3];
+      for (int dim = 0; dim < 3; ++dim) first[dim] = task.source_step[dim] * (q0[dim] + task.first_shift[dim]);
+      const int64_t lo = first[2] >= 0 ? 0 : min_of(-first[2], box[2]);
+      const int64_t hi = size[2] - first[2] < lo ? lo : min_of(box[2], size[2] - first[2]);
+      Vec<S> nothing{};
+      for (int64_t row = 0; row < samples * box[0] * box[1]; ++row) {
+        const int64_t h = row % box[1], d = row / box[1] % box[0];
+        if (!task.used[0][d] || !task.used[1][h]) continue;
+        const int64_t sd = first[0] + d, sh = first[1] + h;
+        S* out = buffers.staged + row * box[2] * k;
+        if (sd < 0 || sd >= size[0] || sh < 0 || sh >= size[1] || lo == hi) {
+          memset(out, 0, static_cast<size_t>(box[2] * k) * sizeof(S));
+          continue;
+        }
+        const int64_t position = (((b + row / (box[0] * box[1])) * size[0] + sd) * size[1] + sh) * size[2] + first[2];
+        const uint16_t* source = static_cast<const uint16_t*>(task.source) + position * k;
+        memset(out, 0, static_cast<size_t>(lo * k) * sizeof(S));
+        if (lo > 0) {
+          const uint32_t word = static_cast<uint32_t>(source[lo * k]) << 16;
+          out[lo * k - 1] = bits_of<float>(word);
+        }
+        for (int64_t i = lo * k; i < hi * k; i += kLanes<S>) {
+          const int64_t left = hi * k - i;
+          const VecH low = load_part(source + i, min_of(left, kLanes<S>));
+          const VecH high = load_part(source + i + 1, min_of(left - 1, kLanes<S>));
+          nothing += from_bfloat(low) * S(0);
+          store(out + i,
+                bits_of<Vec<S>>(__builtin_convertvector(low, VecU) | __builtin_convertvector(high, VecU) << 16));
+        }
+        memset(out + hi * k, 0, static_cast<size_t>((box[2] - hi) * k) * sizeof(S));
+      }
+      return reduce<S>(nothing) == 0;
+    }
+#endif
+    return true;
+  }
+
   // Words [channel, channel + channels) of each position.
   void stage(int64_t channel, int64_t channels) {
     const int64_t unit = kPairs && sizeof(S) == sizeof(float) ? 2 : 1;
@@ -78,7 +123,7 @@ struct Work {
     source.size = task.source_size;
     source.channel = channel;
     source.n = channels;
-    source.step = task.source_step[2];
+    source.step = task.windows ? 1 : task.source_step[2];
     source.phase = task.column_phase;
     source.used[0] = task.used[0], source.used[1] = task.used[1];
     int64_t volume = 1;
@@ -114,7 +159,8 @@ struct Work {
         for (int64_t h = 0; h < n[1]; ++h)
           for (int64_t w = 0; w < n[2]; ++w, ++at) {
             buffers.offset[at] =
-                (((sample * box[0] + d * task.source_step[0]) * box[1] + h * task.source_step[1]) * box[2] + w) *
+                (((sample * box[0] + d * task.source_step[0]) * box[1] + h * task.source_step[1]) * box[2] +
+                 (task.windows ? w * task.source_step[2] : w)) *
                 task.pitch;
             const int64_t* step = task.result_step;
             buffers.position[at] = (((b + sample) * task.result_size[0] + step[0] * (q0[0] + d)) * task.result_size[1] +
@@ -131,28 +177,30 @@ struct Work {
   }
 
   int64_t tap_offset(int64_t tap) const {
-    const int64_t *at = task.tap_source + 3 * tap, step = task.source_step[2], split = box[2] / step;
+    const int64_t *at = task.tap_source + 3 * tap, step = task.windows ? 1 : task.source_step[2], split = box[2] / step;
     return ((at[0] * box[1] + at[1]) * box[2] + at[2] % step * split + at[2] / step) * task.pitch;
   }
 
-  // Sums of one phase and one block of `vectors` for all positions. The weights' taps follow each other.
-  void multiply(const S* weight, int64_t first_tap, int64_t last_tap, int vectors, const S* start, int64_t positions) {
-    const int64_t width = vectors * kLanes<S>, taps = last_tap - first_tap;
+  // Sums of one phase and one block of `vectors` for all positions. The weights' windows follow each other.
+  void multiply(const S* weight, int phase, int vectors, const S* start, int64_t positions) {
+    const int64_t first_tap = task.phase_taps[phase], window = task.phase_window[phase];
+    const int64_t words = task.phase_words[phase], windows = (task.phase_taps[phase + 1] - first_tap) / window;
+    const int64_t width = vectors * kLanes<S>;
     for (int64_t i = 0; i < positions; ++i) buffers.at[i] = buffers.sums + i * width;
     ChannelTile<S> tile{};
     tile.v_step = width;
-    tile.b_step = 1;
+    tile.b_step = task.word_step;
     const int64_t most = vectors == 1   ? rows_for(1)
                          : vectors == 2 ? rows_for(2)
                          : vectors == 3 ? rows_for(3)
                                         : rows_for(4);
     auto product = [&](int64_t first, int64_t last, int64_t k0, int64_t k1, const S* begin) {
       for (int64_t i = first; i < last; ++i) {
-        buffers.run_v[i - first] = i * task.rows * width;
-        buffers.run_b[i - first] = tap_offset(first_tap + i);
+        buffers.run_v[i - first] = i * words * width;
+        buffers.run_b[i - first] = tap_offset(first_tap + i * window);
       }
       tile.vector = weight + k0 * width;
-      tile.scalar = buffers.staged + k0;
+      tile.scalar = buffers.staged + k0 * task.word_step;
       tile.run_v = buffers.run_v;
       tile.run_b = buffers.run_b;
       tile.runs = last - first;
@@ -167,23 +215,23 @@ struct Work {
         at += height;
       }
     };
-    const int64_t tap_bytes = task.rows * width * static_cast<int64_t>(sizeof(S));
-    if (taps == 0) return product(0, 0, 0, 0, start);
-    if (tap_bytes <= kWeightBytes) {
-      const int64_t parts = (taps * tap_bytes + kWeightBytes - 1) / kWeightBytes;
+    const int64_t window_bytes = words * width * static_cast<int64_t>(sizeof(S));
+    if (windows == 0) return product(0, 0, 0, 0, start);
+    if (window_bytes <= kWeightBytes) {
+      const int64_t parts = (windows * window_bytes + kWeightBytes - 1) / kWeightBytes;
       for (int64_t part = 0; part < parts; ++part)
-        product(part * taps / parts, (part + 1) * taps / parts, 0, task.rows, part == 0 ? start : nullptr);
+        product(part * windows / parts, (part + 1) * windows / parts, 0, words, part == 0 ? start : nullptr);
       return;
     }
-    const int64_t parts = (tap_bytes + kWeightBytes - 1) / kWeightBytes;
-    for (int64_t tap = 0; tap < taps; ++tap)
+    const int64_t parts = (window_bytes + kWeightBytes - 1) / kWeightBytes;
+    for (int64_t at = 0; at < windows; ++at)
       for (int64_t part = 0; part < parts; ++part)
-        product(tap, tap + 1, part * task.rows / parts, (part + 1) * task.rows / parts,
-                tap + part == 0 ? start : nullptr);
+        product(at, at + 1, part * words / parts, (part + 1) * words / parts, at + part == 0 ? start : nullptr);
   }
 
   // The same where a weight is not finite: each position with the taps that lie inside the source.
-  void multiply_exactly(const S* weight, int64_t first_tap, int64_t last_tap, int vectors, const S* start) {
+  void multiply_exactly(const S* weight, int phase, int vectors, const S* start) {
+    const int64_t first_tap = task.phase_taps[phase], last_tap = task.phase_taps[phase + 1];
     const int64_t width = vectors * kLanes<S>;
     ChannelTile<S> tile{};
     tile.v_step = width;
@@ -205,13 +253,43 @@ struct Work {
           inside = inside && source >= 0 && source < task.source_size[dim];
         }
         if (!inside) continue;
+        if (task.word_step == 2) {
+          buffers.run_b[tile.runs++] = tap;
+          continue;
+        }
         buffers.run_v[tile.runs] = (tap - first_tap) * task.rows * width;
         buffers.run_b[tile.runs++] = tap_offset(tap);
       }
       S* sums = buffers.sums + at * width;
+      if (task.word_step == 2) {
+        multiply_singly(weight, phase, buffers.offset[at], tile.runs, width, start, sums);
+        continue;
+      }
       tile.offset = buffers.offset + at;
       tile.sums = &sums;
       function(1, vectors)(tile);
+    }
+  }
+
+  // One position with the taps in the table, value by value: a pair may reach beyond the source, and beyond the window.
+  void multiply_singly(const S* weight, int phase, int64_t offset, int64_t taps, int64_t width, const S* start,
+                       S* sums) {
+    if constexpr (sizeof(S) == sizeof(float)) {
+      memcpy(sums, start, static_cast<size_t>(width) * sizeof(S));
+      auto half = [](S word, bool high) {
+        const uint32_t bits = bits_of<uint32_t>(word), value = high ? bits & 0xffff0000u : bits << 16;
+        return bits_of<float>(value);
+      };
+      const int64_t window = task.phase_window[phase], words = task.phase_words[phase];
+      for (int64_t i = 0; i < taps; ++i) {
+        const int64_t tap = buffers.run_b[i], slot = tap - task.phase_taps[phase];
+        for (int64_t c = 0; c < task.k; ++c) {
+          const int64_t value = 2 * (slot / window * words) + slot % window * task.k + c;
+          const S x = half(buffers.staged[offset + tap_offset(tap) + c], false);
+          const S* row = weight + value / 2 * width;
+          for (int64_t l = 0; l < width; ++l) sums[l] += half(row[l], value % 2 != 0) * x;
+        }
+      }
     }
   }
 
@@ -246,10 +324,14 @@ struct Work {
   }
 
   void run(int64_t first_block, int64_t last_block) {
-    if (!task.depthwise) stage(group * task.rows, task.rows);
+    bool exactly = task.masked;
+    if (task.word_step == 2)
+      exactly |= !stage_values();
+    else if (!task.depthwise)
+      stage(group * task.rows, task.rows);
     find_positions();
     const int64_t blocks = channel_blocks(task.vectors, kMostVectors), positions = samples * n[0] * n[1] * n[2];
-    const S* weight = static_cast<const S*>(task.weight) + group * task.vectors * kLanes<S> * task.num_taps * task.rows;
+    const S* weight = static_cast<const S*>(task.weight) + group * task.vectors * kLanes<S> * task.words;
     const S nothing[kMostVectors * kLanes<S>] = {};
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t v0 = block * task.vectors / blocks;
@@ -265,12 +347,11 @@ struct Work {
       for (phase[0] = 0; phase[0] < task.result_step[0]; ++phase[0])
         for (phase[1] = 0; phase[1] < task.result_step[1]; ++phase[1])
           for (phase[2] = 0; phase[2] < task.result_step[2]; ++phase[2], ++index) {
-            const int64_t first = task.phase_taps[index], last = task.phase_taps[index + 1];
-            const S* taps = weight + (v0 * kLanes<S> * task.num_taps + first * width) * task.rows;
-            if (task.masked)
-              multiply_exactly(taps, first, last, vectors, start);
+            const S* words = weight + v0 * kLanes<S> * task.words + task.phase_first[index] * width;
+            if (exactly)
+              multiply_exactly(words, index, vectors, start);
             else
-              multiply(taps, first, last, vectors, start, positions);
+              multiply(words, index, vectors, start, positions);
             store_phase(phase, c0, count, width);
           }
     }
@@ -297,37 +378,38 @@ void run_typed(const ChannelGemmTask& task, int64_t item, void* scratch) {
 
 // One block of a group's result channels; those behind the last are zero.
 template <class S>
-bool pack_typed(const PackTask& task, int64_t item) {
+bool pack_typed(const ChannelPackTask& task, int64_t item) {
   const int64_t vectors = (task.m + kLanes<S> - 1) / kLanes<S>, blocks = channel_blocks(vectors, kMostVectors);
   const int64_t group = item / blocks, v0 = item % blocks * vectors / blocks, m0 = v0 * kLanes<S>;
-  const int64_t width = ((item % blocks + 1) * vectors / blocks - v0) * kLanes<S>;
-  S* out = static_cast<S*>(task.packed) + (group * vectors + v0) * kLanes<S> * task.taps * task.rows;
+  const int64_t width = ((item % blocks + 1) * vectors / blocks - v0) * kLanes<S>, lanes = min_of(width, task.m - m0);
+  S* out = static_cast<S*>(task.packed) + (group * vectors + v0) * kLanes<S> * task.words;
+  memset(out, 0, static_cast<size_t>(task.words * width) * sizeof(S));
   constexpr int64_t kPiece = 64;
-  S values[2][kPiece + kLanes<S>];
+  S values[kPiece + kLanes<S>];
   Vec<S> nothing{};
-  for (int64_t k = 0; k < task.rows; ++k)
-    for (int64_t l = 0; l < width; ++l)
+  for (int64_t k = 0; k < task.k; ++k)
+    for (int64_t l = 0; l < lanes; ++l)
       for (int64_t tap = 0; tap < task.taps; tap += kPiece) {
         const int64_t n = min_of(kPiece, task.taps - tap);
-        if (m0 + l >= task.m) {
-          for (int64_t t = 0; t < n; ++t) out[(task.tap_slot[tap + t] * task.rows + k) * width + l] = S(0);
-          continue;
+        const int64_t index = group * task.k * task.m * task.taps + k * task.k_stride + (m0 + l) * task.m_stride + tap;
+        load_row(task.weight, task.dtype, index, n, values);
+        for (int64_t t = n; t < round_up(n, kLanes<S>); ++t) values[t] = S(0);
+        for (int64_t t = 0; t < n; t += kLanes<S>) nothing += load(values + t) * S(0);
+        const int64_t* at = task.tap_value + tap;
+        if constexpr (kPairs && sizeof(S) == sizeof(float)) {
+          for (int64_t t = 0; t < n; ++t) {
+            const int64_t value = at[t] + k;
+            const uint16_t bits = static_cast<uint16_t>(bits_of<uint32_t>(values[t]) >> 16);
+            memcpy(reinterpret_cast<char*>(out + value / 2 * width + l) + value % 2 * 2, &bits, sizeof bits);
+          }
+        } else {
+          for (int64_t t = 0; t < n; ++t) out[(at[t] + k) * width + l] = values[t];
         }
-        const int64_t unit = kPairs && sizeof(S) == sizeof(float) ? 2 : 1;
-        for (int64_t i = 0; i < unit; ++i) {
-          const int64_t index =
-              group * task.k * task.m * task.taps + (unit * k + i) * task.k_stride + (m0 + l) * task.m_stride + tap;
-          load_row(task.weight, task.dtype, index, n, values[i]);
-          for (int64_t t = n; t < round_up(n, kLanes<S>); ++t) values[i][t] = S(0);
-          for (int64_t t = 0; t < n; t += kLanes<S>) nothing += load(values[i] + t) * S(0);
-        }
-        if constexpr (kPairs && sizeof(S) == sizeof(float)) pack_pairs(values[0], values[1], n, values[0]);
-        for (int64_t t = 0; t < n; ++t) out[(task.tap_slot[tap + t] * task.rows + k) * width + l] = values[0][t];
       }
   return reduce<S>(nothing) == 0;
 }
 
-bool pack(const PackTask& task, int64_t item) {
+bool pack(const ChannelPackTask& task, int64_t item) {
   return task.dtype == DType::f64 && !kPairs ? pack_typed<double>(task, item) : pack_typed<float>(task, item);
 }
 void run(const ChannelGemmTask& task, int64_t item, void* scratch) {

@@ -3,6 +3,11 @@
 //
 // Grid, phases and taps are those of phase_gemm.h. A tile's source is a box of positions staged as [position][channel],
 // zero outside; a tap is an offset into the box. Weights are packed as [group][block of result channels][tap][k][channel].
+//
+// A window is a row of taps that read neighbouring columns: with few source channels their values follow each other in the
+// box, and a window of them is one run of the register tile. Alone a tap of one channel is one step of the tile's loop
+// behind a setup that takes longer than four of them. In windows an odd number of source channels can be multiplied in
+// pairs too: the box then has a word for every value, itself and the next one, and the run takes every second word.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -16,6 +21,8 @@ struct ChannelGemmTask {
   DType dtype, result_dtype;
   std::int64_t batch, groups, k, m;  // k source and m result channels per group
   std::int64_t rows;                 // staged words of a position: k, or pairs of channels
+  bool windows;                      // taps are joined, and columns not split by their phase
+  std::int64_t word_step;            // from one word of a run to the next: 2 where there is one for every value
   bool depthwise;                    // one channel on both sides of every group: here one group with m of them
   std::int64_t source_channels;      // of the whole tensor
   const void* source;
@@ -34,6 +41,10 @@ struct ChannelGemmTask {
   const int* phase_taps;           // [phase]: first tap; one more entry at the end
   const std::int64_t* tap_source;  // [tap][3]: position in the box of the grid's first position
   std::int64_t num_taps;
+  // Of a result phase: taps of a window, words of a window, and all words before it
+  const int* phase_window;
+  const std::int64_t *phase_words, *phase_first;
+  std::int64_t words;  // of all taps
   const void* weight;
   bool masked;  // a weight is not finite: zeros outside the source must not be multiplied
   const PhaseOp* pre;
@@ -43,13 +54,22 @@ struct ChannelGemmTask {
   int num_ops;
 };
 
+// Weights of one block of a group: value c of tap t is value tap_value[t] + c of the block's words.
+struct ChannelPackTask {
+  DType dtype;
+  const void* weight;
+  void* packed;
+  std::int64_t taps, k, m, k_stride, m_stride, words;
+  const std::int64_t* tap_value;
+};
+
 // Blocks of at most `most` vectors that pass through the registers together.
 inline std::int64_t channel_blocks(std::int64_t vectors, std::int64_t most) { return (vectors + most - 1) / most; }
 
 struct ChannelGemmLoops {
   Isa target;
   std::int64_t most_vectors;
-  bool (*pack)(const PackTask&, std::int64_t item);  // item: group, block; returns whether all are finite
+  bool (*pack)(const ChannelPackTask&, std::int64_t item);  // item: group, block; returns whether all are finite
   void (*run)(const ChannelGemmTask&, std::int64_t item, void* scratch);
   std::int64_t (*scratch_bytes)(const ChannelGemmTask&);
 };

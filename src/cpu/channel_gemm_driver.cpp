@@ -21,13 +21,34 @@ constexpr std::int64_t kSlack = 16;  // elements of a vector: channel operands a
 struct Tiling {
   ChannelGemmTask task{};
   std::vector<char> used[2];
-  std::vector<int> phase_taps, tap_slot;
-  std::vector<std::int64_t> tap_source;
+  std::vector<int> phase_taps, phase_window;
+  std::vector<std::int64_t> tap_source, tap_value, phase_words, phase_first;
   std::int64_t lanes = 1, most_vectors = 1;
   double critical_cycles = 0;
 };
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// More words of a position than this are a run of their own that is long enough.
+constexpr std::int64_t kFewWords = 8;
+
+// Whether the taps of every result phase read neighbouring columns, in this order, several of them for some phase.
+bool are_windows(const std::vector<DimTap>& taps, std::int64_t source_step) {
+  bool several = false;
+  for (std::size_t i = 1; i < taps.size(); ++i) {
+    if (taps[i].result_phase != taps[i - 1].result_phase) continue;
+    auto column = [&](const DimTap& tap) { return source_step * tap.shift + tap.source_phase; };
+    if (column(taps[i]) != column(taps[i - 1]) + 1) return false;
+    several = true;
+  }
+  return several;
+}
+
+// Pairs of values need an even number of channels, or rows of the tensor that follow each other.
+bool has_pairs(const Problem& problem) {
+  const bool forward = problem.direction == Direction::forward;
+  return problem.groups == 1 || (forward ? problem.in_channels : problem.out_channels) / problem.groups % 2 == 0;
+}
 
 // n cut into the fewest equal pieces of at most `most`.
 std::int64_t even_piece(std::int64_t n, std::int64_t most) {
@@ -115,9 +136,17 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
     task.first_shift[dim] = low;
     task.range[dim] = high - low;
   }
+  std::stable_sort(taps[2].begin(), taps[2].end(), [&](const DimTap& a, const DimTap& b) {
+    auto column = [&](const DimTap& tap) { return task.source_step[2] * tap.shift + tap.source_phase; };
+    return a.result_phase != b.result_phase ? a.result_phase < b.result_phase : column(a) < column(b);
+  });
+  const bool odd = target == Isa::avx512_bf16 && task.k % 2 != 0, joined = are_windows(taps[2], task.source_step[2]);
+  task.windows = odd || (joined && !task.depthwise && task.rows <= kFewWords && task.pitch == task.rows);
+  task.word_step = odd ? 2 : 1;
+  if (odd) task.pitch = task.k;
   task.column_phase = taps[2].front().source_phase;
   for (const DimTap& tap : taps[2])
-    if (tap.source_phase != task.column_phase) task.column_phase = -1;
+    if (tap.source_phase != task.column_phase || task.windows) task.column_phase = -1;
 
   const std::int64_t blocks = channel_blocks(task.vectors, tiling->most_vectors);
   task.m_chunk = task.depthwise ? 1 : blocks;
@@ -162,18 +191,30 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   }
   items *= static_cast<double>(task.tiles[0]);
 
+  tiling->tap_value.resize(static_cast<std::size_t>(task.num_taps));
+  const std::int64_t unit = target == Isa::avx512_bf16 ? 2 : 1;  // values of a word
+  double runs = 0;
   for (std::int64_t rd = 0; rd < task.result_step[0]; ++rd)
     for (std::int64_t rh = 0; rh < task.result_step[1]; ++rh)
       for (std::int64_t rw = 0; rw < task.result_step[2]; ++rw) {
-        tiling->phase_taps.push_back(static_cast<int>(tiling->tap_source.size() / 3));
+        const auto of_phase =
+            std::count_if(taps[2].begin(), taps[2].end(), [&](const DimTap& tap) { return tap.result_phase == rw; });
+        const std::int64_t window = task.windows && joined && of_phase > 0 ? of_phase : 1;
+        const std::int64_t words = ceil_div(window * task.k, unit), first = task.words;
+        const std::size_t first_tap = tiling->tap_source.size() / 3;
+        tiling->phase_taps.push_back(static_cast<int>(first_tap));
+        tiling->phase_window.push_back(static_cast<int>(window));
+        tiling->phase_words.push_back(words);
+        tiling->phase_first.push_back(first);
         for (const DimTap& td : taps[0])
           for (const DimTap& th : taps[1])
             for (const DimTap& tw : taps[2]) {
               if (td.result_phase != rd || th.result_phase != rh || tw.result_phase != rw) continue;
               const std::size_t tap =
                   static_cast<std::size_t>((td.tap * problem.kernel[1] + th.tap) * problem.kernel[2] + tw.tap);
-              tiling->tap_slot.resize(static_cast<std::size_t>(task.num_taps));
-              tiling->tap_slot[tap] = static_cast<int>(tiling->tap_source.size() / 3);
+              const std::int64_t slot = static_cast<std::int64_t>(tiling->tap_source.size() / 3 - first_tap);
+              tiling->tap_value[tap] = (first + slot / window * words) * unit + slot % window * task.k;
+              if (slot % window == 0) task.words += words, runs += 1;
               const DimTap* of[3] = {&td, &th, &tw};
               for (int dim = 0; dim < 3; ++dim)
                 tiling->tap_source.push_back(task.source_step[dim] * (of[dim]->shift - task.first_shift[dim]) +
@@ -183,18 +224,25 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   tiling->phase_taps.push_back(static_cast<int>(tiling->tap_source.size() / 3));
   task.phase_taps = tiling->phase_taps.data();
   task.tap_source = tiling->tap_source.data();
+  task.phase_window = tiling->phase_window.data();
+  task.phase_words = tiling->phase_words.data();
+  task.phase_first = tiling->phase_first.data();
 
   // Fitted on a Zen 5 core with AVX-512, as those of phase_gemm.
   const double lanes = static_cast<double>(tiling->lanes);
   const double share = static_cast<double>(task.m_chunk) / static_cast<double>(std::max<std::int64_t>(1, blocks));
-  const double stage = box * static_cast<double>(task.pitch) / lanes * 4 + box * 4;
-  const double multiply = channel_cycles(positions, task.vectors, tiling->most_vectors) * share *
-                          static_cast<double>(task.num_taps * task.rows) * 1.08;
+  // Rows of few channels of a single group are staged by whole vectors.
+  const bool dense = odd || (task.groups == 1 && task.rows == task.k && task.pitch < tiling->lanes);
+  const double stage = box * static_cast<double>(task.pitch) / lanes * (dense ? 6 : 4) + box * (dense ? 0 : 4);
+  const double multiply =
+      channel_cycles(positions, task.vectors, tiling->most_vectors) * share * static_cast<double>(task.words) * 1.08;
+  // 8 cycles before each run: 40 % of the time of a tap of one channel, 2 % of one of 64.
+  const double setup = positions / 6 * static_cast<double>(task.m_chunk) * runs * 8;
   const double calls = positions / 6 * phases * static_cast<double>(task.m_chunk) * 25;
   const double store = positions * phases * static_cast<double>(task.vectors) * share * 8 + positions * phases * 10;
   const double sums = positions * static_cast<double>(task.vectors) * share *
-                      std::max(phases, static_cast<double>(task.num_taps * task.rows) / 80) * 2;
-  tiling->critical_cycles = std::ceil(items / cores) * (400 + stage + multiply + calls + store + sums);
+                      std::max(phases, static_cast<double>(task.words) / 80) * 2;
+  tiling->critical_cycles = std::ceil(items / cores) * (400 + stage + multiply + setup + calls + store + sums);
   return tiling;
 }
 
@@ -202,7 +250,7 @@ std::size_t round_up(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 std::size_t weight_bytes(const Problem& problem, const Tiling& tiling) {
   const ChannelGemmTask& task = tiling.task;
-  const std::int64_t elements = task.groups * task.vectors * tiling.lanes * task.num_taps * task.rows;
+  const std::int64_t elements = task.groups * task.vectors * tiling.lanes * task.words;
   return round_up(static_cast<std::size_t>(elements) * (problem.dtype == DType::f64 ? 8 : 4) + 64);
 }
 
@@ -218,7 +266,7 @@ Fit fit_channel_gemm(const Problem& problem, const Epilogue& epilogue, const Dev
     fit.refusal = "reads and writes channels_last tensors only";
     return fit;
   }
-  fit = refuse_gemm(problem, epilogue, device, target);
+  fit = refuse_gemm(problem, epilogue, device, target, has_pairs(problem));
   if (!fit.refusal.empty()) return fit;
   const int norm = norm_index(epilogue);
   fit.fused_ops = norm < 0 ? static_cast<int>(epilogue.ops.size()) : norm;
@@ -255,18 +303,17 @@ void launch_channel_gemm(const Step& step, const Tensors& tensors, Stream stream
     workspace = own_workspace.data() + (64 - reinterpret_cast<std::uintptr_t>(own_workspace.data()) % 64);
   }
   const bool forward = problem.direction == Direction::forward;
-  PackTask pack{};
+  ChannelPackTask pack{};
   pack.dtype = problem.dtype;
   pack.weight = tensors.weight;
   pack.packed = workspace;
-  pack.elements = weight_elements(problem);
   pack.taps = task.num_taps;
   pack.k = task.k;
-  pack.rows = task.rows;
+  pack.words = task.words;
   pack.m = task.m;
   pack.k_stride = (forward ? task.m : 1) * task.num_taps;  // depthwise: one k, whose stride does not matter
   pack.m_stride = (forward ? 1 : task.k) * task.num_taps;
-  pack.tap_slot = tiling->tap_slot.data();
+  pack.tap_value = tiling->tap_value.data();
   std::atomic<bool> finite{true};
   parallel_for(task.groups * channel_blocks(task.vectors, loops.most_vectors), threads, [&](std::int64_t item) {
     if (!loops.pack(pack, item)) finite.store(false, std::memory_order_relaxed);

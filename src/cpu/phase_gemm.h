@@ -79,7 +79,7 @@ struct PhaseGemmLoops {
 };
 
 // Why no kernel of this target computes it, for the kernels of forward and grad_input.
-Fit refuse_gemm(const Problem&, const Epilogue&, const Device&, Isa target);
+Fit refuse_gemm(const Problem&, const Epilogue&, const Device&, Isa target, bool odd_channels);
 Fit fit_phase_gemm(const Problem&, const Epilogue&, const Device&, Isa target);
 void prepare_phase_gemm(Step&, Isa target);
 void launch_phase_gemm(const Step&, const Tensors&, Stream, const PhaseGemmLoops&);

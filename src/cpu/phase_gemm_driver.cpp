@@ -320,7 +320,7 @@ bool pack_weights(const Problem& problem, const Geometry& geometry, const void* 
 
 }  // namespace
 
-Fit refuse_gemm(const Problem& problem, const Epilogue& epilogue, const Device& device, Isa target) {
+Fit refuse_gemm(const Problem& problem, const Epilogue& epilogue, const Device& device, Isa target, bool odd_channels) {
   Fit fit;
   if (problem.direction != Direction::forward && problem.direction != Direction::grad_input) {
     fit.refusal = "computes forward and grad_input only";
@@ -345,13 +345,13 @@ Fit refuse_gemm(const Problem& problem, const Epilogue& epilogue, const Device& 
       fit.refusal = "multiplies bf16 only, not " + std::string(to_string(problem.dtype));
     if (!epilogue.pre.empty())
       fit.refusal = "cannot apply an operation to the input without rounding its result to bf16";
-    if (k % 2 != 0) fit.refusal = "an odd number of source channels per group, " + std::to_string(k);
+    if (k % 2 != 0 && !odd_channels) fit.refusal = "an odd number of source channels per group, " + std::to_string(k);
   }
   return fit;
 }
 
 Fit fit_phase_gemm(const Problem& problem, const Epilogue& epilogue, const Device& device, Isa target) {
-  Fit fit = refuse_gemm(problem, epilogue, device, target);
+  Fit fit = refuse_gemm(problem, epilogue, device, target, false);
   if (!fit.refusal.empty()) return fit;
   const int norm = norm_index(epilogue);
   fit.fused_ops = norm < 0 ? static_cast<int>(epilogue.ops.size()) : norm;
