@@ -23,8 +23,10 @@ namespace {
 int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
-// Weights that run over all positions of a tile: half of the first cache level.
-constexpr int64_t kWeightBytes = 20 << 10;
+// Weights that run over all positions of a tile. They come from the second cache level as fast as they are needed (2 lines
+// in 12 cycles); passes that fit into the first one, of 20 KB, read and write the tile's sums so often that a layer of 48
+// channels took 187 ms instead of 159 and U-Net's 2 x 2 layer from 1024 channels 46 instead of 41.
+constexpr int64_t kWeightBytes = 128 << 10;
 
 template <class S>
 struct Buffers {
@@ -112,7 +114,8 @@ struct Work {
     return true;
   }
 
-  // Words [channel, channel + channels) of each position.
+  // Words [channel, channel + channels) of each position. Also where every tap reads its position alone (kernel = stride):
+  // multiplying the tensor's own words there took 6.7 ms instead of 5.9 for SAM's layer; its reads are not foreseen.
   void stage(int64_t channel, int64_t channels) {
     const int64_t unit = kPairs && sizeof(S) == sizeof(float) ? 2 : 1;
     ChannelBox source{};

@@ -111,6 +111,7 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   task.dtype = problem.dtype;
   task.batch = problem.batch;
   task.groups = problem.groups;
+  const std::int64_t unit = target == Isa::avx512_bf16 ? 2 : 1;  // values of a word
   task.k = (forward ? problem.in_channels : problem.out_channels) / problem.groups;
   task.m = (forward ? problem.out_channels : problem.in_channels) / problem.groups;
   task.source_channels = task.groups * task.k;
@@ -192,7 +193,6 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   items *= static_cast<double>(task.tiles[0]);
 
   tiling->tap_value.resize(static_cast<std::size_t>(task.num_taps));
-  const std::int64_t unit = target == Isa::avx512_bf16 ? 2 : 1;  // values of a word
   double runs = 0;
   for (std::int64_t rd = 0; rd < task.result_step[0]; ++rd)
     for (std::int64_t rh = 0; rh < task.result_step[1]; ++rh)

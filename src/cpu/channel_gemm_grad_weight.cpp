@@ -6,6 +6,7 @@
 //           sums that stay for a whole run of positions; nothing is reduced across lanes, and a run may be short. A tap
 //           is an offset into the staged grad_output, whatever the stride. Tiles belong to at most 32 parts that depend
 //           on the problem only; parts are added in order, in double.
+//           Depthwise layers of channels_last tensors have their channels along the vectors of both sides and taps as rows.
 //           For avx512_bf16 a staged word holds two positions, and one instruction adds both products: the input's words
 //           are those of positions (0, 1), (2, 3) ..., grad_output's overlap, (0, 1), (1, 2) ..., because a tap may be odd.
 // Refuses   Other directions; targets above the machine's. For avx512_bf16 other dtypes and a pre-activation.
@@ -74,8 +75,9 @@ struct Work {
     box.layout = task.layout;
     box.channels = task.whole_channels[side];
     box.size = task.size[side];
-    box.channel = group * task.channels[side] + first[side];
-    box.n = count[side];
+    const int of = task.depthwise ? 0 : side;
+    box.channel = group * task.channels[of] + first[of];
+    box.n = count[of];
     int64_t volume = 1;
     box.step = side == 0 ? 1 : task.stride[2];
     // Taps a multiple of the stride apart read one phase only: that of the first.
@@ -174,7 +176,7 @@ struct Work {
         tile.run_b = buffers.run[o] + run;
         auto product = [&](const S* vector, const S* scalar, int64_t rows, const int64_t* offset, S* const* sums) {
           tile.vector = vector + v0 * kLanes<S> + lo * step[v];
-          tile.scalar = scalar + lo * step[o];
+          tile.scalar = scalar + lo * step[o] + (task.depthwise ? v0 * kLanes<S> : 0);
           for (int64_t r = 0; r < rows;) {
             const int64_t left = rows - r;  // the last two tiles share what is left
             const int height = static_cast<int>(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
@@ -182,7 +184,10 @@ struct Work {
             for (int i = 0; i < height; ++i) at[i] = sums[r + i] + v0 * kLanes<S>;
             tile.offset = offset + r;
             tile.sums = at;
-            channel_tile_function<S>(height, block_vectors)(tile);
+            if (task.depthwise)
+              channel_tile_function<S, true>(height, block_vectors)(tile);
+            else
+              channel_tile_function<S>(height, block_vectors)(tile);
             r += height;
           }
         };

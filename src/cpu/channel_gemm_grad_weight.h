@@ -25,6 +25,7 @@ struct ChannelGradWeightTask {
   std::int64_t stride[3], padding[3], dilation[3], kernel[3];
   std::int64_t num_taps;
   int vector_side;
+  bool depthwise;  // one channel on both sides of every group: here one group, whose input channels are all of them
   std::int64_t grid[3];          // positions of the input that can meet any output
   std::int64_t samples, box[3];  // of a tile, in input positions
   std::int64_t tiles[4];         // over batch, depth, height, width

@@ -33,6 +33,7 @@ std::int64_t raw_extent(const ChannelGradWeightTask& task, int dim, std::int64_t
 }
 
 std::int64_t pitch_of(const ChannelGradWeightTask& task, int side) {
+  if (task.depthwise) side = 0;  // the same channels on both
   const std::int64_t n = task.chunk[side];
   if (side != task.vector_side && n < task.lanes) return n;
   const std::int64_t vectors = ceil_div(n, task.lanes);
@@ -87,13 +88,17 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
     task.kernel[dim] = problem.kernel[dim];
   }
   task.num_taps = volume(problem.kernel);
+  // Channels along the vectors on both sides, taps as rows; contiguous tensors are better served by phase_gemm.
+  task.depthwise = task.channels[0] == 1 && task.channels[1] == 1 && task.groups > 1 &&
+                   task.layout == Layout::channels_last && target != Isa::avx512_bf16;
+  if (task.depthwise) std::swap(task.groups, task.channels[0]);
   // The side that wastes fewer lanes lies along the vectors; the input when there is no difference, because then taps
   // are rows of a register tile and few channels on the other side do no harm.
   auto padded = [&](int side) { return static_cast<double>(round_up(task.channels[side], task.lanes)); };
   auto waste = [&](int side) {
     return padded(side) / static_cast<double>(std::max<std::int64_t>(1, task.channels[side]));
   };
-  task.vector_side = waste(1) < waste(0) - 1e-9 ? 1 : 0;
+  task.vector_side = !task.depthwise && waste(1) < waste(0) - 1e-9 ? 1 : 0;
   const int v = task.vector_side, o = 1 - v;
   task.pitch = round_up(task.channels[v], task.lanes);
   task.partial_elements = task.groups * task.channels[o] * task.num_taps * task.pitch;
@@ -178,7 +183,7 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
       ((transposed ? 9.0 : 3.0) + together - 1) / static_cast<double>(task.lanes);
   const std::int64_t rows = v == 0 ? task.chunk[o] * task.num_taps : task.chunk[o];
   const double multiply = positions * position_cycles(rows, ceil_div(task.chunk[v], task.lanes), target) *
-                          (v == 0 ? 1.0 : static_cast<double>(task.num_taps)) * 1.1 / together;
+                          (v == 0 ? 1.0 : static_cast<double>(task.num_taps)) * (task.depthwise ? 1.6 : 1.1) / together;
   const double tiles_of_part = std::ceil(static_cast<double>(task.num_tiles) / static_cast<double>(task.parts));
   const double item = tiles_of_part * (500 + stage + multiply);
   const double items = static_cast<double>(task.parts * task.groups * task.chunks[0] * task.chunks[1]);

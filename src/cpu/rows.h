@@ -218,11 +218,40 @@ void load_transposed(const void* source, DType dtype, int64_t index, int64_t str
     }
 }
 
+// store_transposed for 1, 2, 4 or 8 channels: interleaved and rounded by whole vectors, then moved position by position.
+template <class S, int Channels>
+void store_few(const S* rows, int64_t pitch, void* target, DType dtype, int64_t index, int64_t stride, int64_t n) {
+  constexpr int64_t kBlock = kLanes<S>, kLine = 16 * kBlock;
+  S line[(kLine + kBlock) * Channels];
+  uint16_t half[kLine * Channels];
+  for (int64_t x0 = 0; x0 < n; x0 += kLine) {
+    const int64_t count = n - x0 < kLine ? n - x0 : kLine, first = index + x0 * stride;
+    if constexpr (Channels == 1)
+      memcpy(line, rows + x0, static_cast<size_t>(count) * sizeof(S));
+    else
+      interleave_powers<S, Channels>(rows + x0, pitch, count, line);
+    if (stride == Channels) {
+      store_row(line, target, dtype, first, count * Channels);
+    } else if (size_of(dtype) == sizeof(S)) {
+      S* to = static_cast<S*>(target) + first;
+      for (int64_t x = 0; x < count; ++x) memcpy(to + x * stride, line + x * Channels, Channels * sizeof(S));
+    } else {
+      store_row(line, half, dtype, 0, count * Channels);
+      uint16_t* to = static_cast<uint16_t*>(target) + first;
+      for (int64_t x = 0; x < count; ++x) memcpy(to + x * stride, half + x * Channels, Channels * sizeof(uint16_t));
+    }
+  }
+}
+
 // The reverse; writes exactly `channels` elements for each x. Reads up to one vector beyond the rows.
 template <class S>
 void store_transposed(const S* rows, int64_t pitch, void* target, DType dtype, int64_t index, int64_t stride,
                       int64_t channels, int64_t n) {
   constexpr int64_t kBlock = kLanes<S>;
+  if (channels == 1) return store_few<S, 1>(rows, pitch, target, dtype, index, stride, n);
+  if (channels == 2) return store_few<S, 2>(rows, pitch, target, dtype, index, stride, n);
+  if (channels == 4) return store_few<S, 4>(rows, pitch, target, dtype, index, stride, n);
+  if (channels == 8) return store_few<S, 8>(rows, pitch, target, dtype, index, stride, n);
   for (int64_t c = 0; c < channels; c += kBlock) {
     const int64_t nc = channels - c < kBlock ? channels - c : kBlock;
     for (int64_t x = 0; x < n; x += kBlock) {

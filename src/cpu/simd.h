@@ -221,10 +221,15 @@ TCONV_INLINE VecF from_bfloat(VecH h) {
   return bits_of<VecF>(__builtin_convertvector(h, VecU) << 16);
 }
 TCONV_INLINE VecH to_bfloat(VecF x) {
+#if defined(__AVX512BF16__)
+  // Numbers below 2^-126 become zero, as they do in this target's products of pairs.
+  return bits_of<VecH>(_mm512_cvtneps_pbh(bits_of<__m512>(x)));
+#else
   const VecI bits = bits_of<VecI>(x);
   const VecI rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const VecI quiet = (bits >> 16) | 0x40;
   return __builtin_convertvector(x == x ? rounded : quiet, VecH);
+#endif
 }
 TCONV_INLINE VecF from_half(VecH h) {
 #if defined(__AVX512F__)
