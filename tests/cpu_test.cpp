@@ -80,11 +80,11 @@ TEST(Element, SixteenBitNumbersSurviveTheRoundTrip) {
 
 // Padding times infinity must not be NaN: every kernel agrees with the reference about which results are finite.
 TEST(Kernels, ZerosOutsideAreNotMultiplied) {
-  for (const char* text : {"2d b2 c5>6 i6x7 t3x3 s2 p1", "2d b2 c5>6 i6x7 t3x3 s2 p1 channels_last grad_input",
-                           "2d b2 c5>6 i6x7 t3x3 p1 grad_weight", "1d g4 c4>8 i9 t4 s3 p1 f64 grad_weight",
-                           "2d b2 c3>5 i6x7 t3x3 s2 p1 bf16 channels_last",
-                           "2d b2 c5>1 i6x7 t5x5 s2 p2 bf16 channels_last grad_input",
-                           "2d b2 g5 c5>5 i6x7 t3x3 s2 p1 channels_last grad_weight"}) {
+  for (const char* text :
+       {"2d b2 c5>6 i6x7 t3x3 s2 p1", "2d b2 c5>6 i6x7 t3x3 s2 p1 channels_last grad_input",
+        "2d b2 c5>6 i6x7 t3x3 p1 grad_weight", "1d g4 c4>8 i9 t4 s3 p1 f64 grad_weight",
+        "2d b2 c3>5 i6x7 t3x3 s2 p1 bf16 channels_last", "2d b2 c5>1 i6x7 t5x5 s2 p2 bf16 channels_last grad_input",
+        "2d b2 g5 c5>5 i6x7 t3x3 s2 p1 channels_last grad_weight"}) {
     const Problem problem = parse_problem(text);
     const Device device = cpu_device();
     const DType dtype = problem.dtype;
