@@ -1,4 +1,4 @@
-// box_gemm_grad_weight — weight gradient as one product of boxes that the copy engine stages (sm_90a).
+// box_gemm_grad_weight_sm90 — weight gradient as one product of boxes that the copy engine stages (sm_90a).
 // Computes  partial[ci, (t, co)] = sum over positions i of input[ci, i] * grad_output[co, s i + d t - p]
 // Method    one side of the product has the input channels as pieces of 64, the other the taps times output channels. A
 //           warp copies, tile of positions by tile, one box per piece into a ring of stages; warpgroups multiply

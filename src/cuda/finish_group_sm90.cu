@@ -1,4 +1,4 @@
-// finish_group — group_norm and what follows it, with its statistics, reading the input once (sm_90).
+// finish_group_sm90 — group_norm and what follows it, with its statistics, reading the input once (sm_90).
 // Computes  output = after(norm(before(pre(input) + bias)))
 // Method    the channels of a group lie side by side in a contiguous tensor. Eight blocks of a cluster take an eighth each of
 //           one image's group: they work out its moments, keep what they read in shared memory as far as it goes, exchange
