@@ -7,6 +7,7 @@
 //           tap is a shift. Every s-th position is a view of its own per residue, up to eight of them: a box that steps over
 //           positions takes the engine nearly twice as long (81 us against 46 for 2 x 2 taps at stride 2). Positions are shared out over blocks; tap_gemm_finish
 //           adds the partial sums.
+// Refuses   fp64, fp32 without TF32, copies of more than 256 MiB (see box_gemm_grad_weight_sm90.cpp)
 // Reads as  1 locate · 2 load · 3 multiply · 5 store
 // SPDX-License-Identifier: Apache-2.0
 #include "ring_sm90.cuh"

@@ -4,6 +4,7 @@
 //           one image's group: they work out its moments, keep what they read in shared memory as far as it goes, exchange
 //           their moments through the cluster's memory, and apply. What did not fit is read again soon enough to be in L2.
 //           finish.cu reads the tensor twice: 3 transfers where this takes 2. Moments are merged in a fixed order.
+// Refuses   channels_last, fp64, groups or channels of less than 16 bytes (see finish_group_sm90.cpp)
 // Reads as  1 locate · 2 load · 4 epilogue · 5 store
 // SPDX-License-Identifier: Apache-2.0
 #include "finish_moments.cuh"
