@@ -171,6 +171,29 @@ int main() {
         if (!(widen(value) == widen(expected)) && differ++ < 3)
           std::printf("[ci=%d, co=%d, tap %d]: got %g, expected %g\n", c, co, tap, widen(value), sum);
       }
+
+  // The bias gradient that goes with it, in three segments.
+  constexpr int kSegments = 3, kAll = TCONV_CO * TCONV_GROUPS;
+  const int count = static_cast<int>(batch) * kSegments;
+  std::vector<float> segment_sums(static_cast<std::size_t>(kAll) * count, NAN);
+  std::vector<storage_t> grad_bias(kAll);
+  std::memset(static_cast<void*>(grad_bias.data()), 0xff, kAll * sizeof(storage_t));
+  constexpr int kStrips = TCONV_CHANNELS_LAST && kAll > 1 ? (kAll + 31) / 32 : kAll;
+  emulated_launch(kStrips * count, 256, 1, [&] {
+    bias::channel_sum(grad.first, segment_sums.data(), output_plane, kSegments,
+                      (output_plane + kSegments - 1) / kSegments);
+  });
+  emulated_launch(kAll, 32, 1, [&] { bias::channel_sum_finish(segment_sums.data(), grad_bias.data(), count); });
+  for (int c = 0; c < kAll; ++c) {
+    double sum = 0;
+    for (long long b = 0; b < batch; ++b)
+      for (long long i = 0; i < output_plane; ++i) {
+        const long long o[3] = {i / (output[1] * output[2]), i / output[2] % output[1], i % output[2]};
+        sum += widen(grad.first[at(output, out_channels, b, c, o)]);
+      }
+    if (!(widen(grad_bias[c]) == widen(narrow<storage_t>(static_cast<float>(sum)))) && differ++ < 3)
+      std::printf("bias of channel %d: got %g, expected %g\n", c, widen(grad_bias[c]), sum);
+  }
   std::printf("%lld of %zu differ\n", differ, got.size());
   return differ != 0;
 }

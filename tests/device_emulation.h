@@ -341,6 +341,16 @@ inline void __syncthreads() { emulated_block->arrive_and_wait(); }
 inline void __syncwarp() { emulated_warps[threadIdx.x / 32]->arrive_and_wait(); }
 inline void loaders_barrier() { emulated_loaders->arrive_and_wait(); }
 
+static float emulated_shuffled[1024];
+inline float __shfl_down_sync(unsigned, float x, int distance) {
+  const unsigned warp = threadIdx.x / 32, from = threadIdx.x % 32 + static_cast<unsigned>(distance);
+  emulated_shuffled[threadIdx.x] = x;
+  emulated_warps[warp]->arrive_and_wait();
+  const float other = from < 32 ? emulated_shuffled[warp * 32 + from] : x;
+  emulated_warps[warp]->arrive_and_wait();
+  return other;
+}
+
 // One block after the other, each with memory that holds NaN.
 template <typename Kernel>
 void emulated_launch(unsigned blocks, int threads, int loaders, const Kernel& kernel) {

@@ -154,6 +154,8 @@ std::string box_program(const Problem& problem, const Step& step, int offset) {
        << definition(finish, "TG_BLOCK_FLOATS") << "\n#define BW_FINISH_THREADS "
        << definition(finish, "BW_FINISH_THREADS") << "\nnamespace finish {\n"
        << finish.substr(finish.find(by_fragments ? "constexpr int kTaps =" : "struct Weight")) << "}\n";
+  const std::string sums = on_host(cuda::program_text(units[2]));
+  text << "namespace bias {\n" << sums.substr(sums.find("constexpr int kThreads")) << "}\n";
   if (units.size() > 4) {
     const std::string packing = on_host(cuda::program_text(units[4]));
     for (const char* name : {"BW_CLASS", "BW_FOLD_OFFSET", "BP_TW", "BP_ROWS", "BP_LOW", "BP_REACH", "BP_INPUT_LOT",

@@ -1,58 +1,48 @@
 // channel_sum — bias gradient: the sum of grad_output over batch and positions, per channel.
 // Computes  grad_bias[c] = sum over b, o of grad_output[b, c, o]
-// Method    a block adds one segment of positions of one channel (channels_last: of 32 neighbouring channels); the
-//           partial sums are added in segment order by one warp per channel
+// Method    a block adds one segment of positions of one channel (channels_last: of up to 32 neighbouring channels, with
+//           the other threads on other positions); the partial sums are added in segment order by one warp per channel
 // Reads as  1 locate · 2 load · 5 store
 // SPDX-License-Identifier: Apache-2.0
 #include "convert.cuh"
 
+constexpr int kThreads = 256, kChannels = TCONV_CO * TCONV_GROUPS;
+// Neighbouring threads on neighbouring channels, a power of two of them. A single channel lies as in a contiguous tensor.
+constexpr int kLanes = !TCONV_CHANNELS_LAST || kChannels == 1 ? 1
+                       : kChannels > 16                       ? 32
+                       : kChannels > 8                        ? 16
+                       : kChannels > 4                        ? 8
+                       : kChannels > 2                        ? 4
+                                                              : 2;
+
 // partial: (channels, batch * segments)
-extern "C" __global__ void __launch_bounds__(256)
-    channel_sum(const storage_t* grad_output, float* partial, int channels, long long positions, int segments,
-                long long length) {
-  __shared__ float sums[8][33];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#if TCONV_CHANNELS_LAST
+extern "C" __global__ void __launch_bounds__(kThreads)
+    channel_sum(const storage_t* grad_output, float* partial, long long positions, int segments, long long length) {
+  __shared__ float sums[kThreads];
+  constexpr int kStrips = (kChannels + kLanes - 1) / kLanes, kRows = kThreads / kLanes;
+  constexpr int kStep = kLanes == 1 ? 1 : kChannels;  // elements between positions
   unsigned index = blockIdx.x;
   const int segment = index % segments;
   index /= segments;
-  const int strips = (channels + 31) / 32;
-  const int channel = index % strips * 32 + lane;
-  const long long b = index / strips;
+  const int channel = index % kStrips * kLanes + threadIdx.x % kLanes;
+  const long long b = index / kStrips, batch = gridDim.x / (kStrips * segments);
   const long long begin = segment * length, end = begin + length < positions ? begin + length : positions;
   float sum = 0.f;
-  if (channel < channels) {
-    const storage_t* from = grad_output + (b * positions + begin + warp) * channels + channel;
-#pragma unroll 4
-    for (long long p = begin + warp; p < end; p += 8, from += 8ll * channels) sum += widen(*from);
-  }
-  sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp != 0) return;
-#pragma unroll
-  for (int w = 1; w < 8; ++w) sum += sums[w][lane];
-  if (channel < channels)
-    partial[(channel * (long long)(gridDim.x / (strips * segments)) + b) * segments + segment] = sum;
-#else
-  unsigned index = blockIdx.x;
-  const int segment = index % segments;
-  index /= segments;
-  const int channel = index % channels;
-  const long long b = index / channels;
-  const long long begin = segment * length, end = begin + length < positions ? begin + length : positions;
-  const storage_t* from = grad_output + (b * channels + channel) * positions;
-  float sum = 0.f;
+  if (channel < kChannels) {
+    const long long first = begin + threadIdx.x / kLanes;
+    const storage_t* from = grad_output + (kLanes == 1 ? (b * kChannels + channel) * positions + first
+                                                       : (b * positions + first) * kChannels + channel);
 #pragma unroll 8
-  for (long long p = begin + threadIdx.x; p < end; p += 256) sum += widen(from[p]);
+    for (long long p = first; p < end; p += kRows, from += kRows * kStep) sum += widen(*from);
+  }
+  sums[threadIdx.x] = sum;
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(0xffffffffu, sum, step);
-  if (lane == 0) sums[0][warp] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-#pragma unroll
-  for (int w = 1; w < 8; ++w) sum += sums[0][w];
-  partial[(channel * (long long)(gridDim.x / (channels * segments)) + b) * segments + segment] = sum;
-#endif
+  for (int step = kThreads / 2; step >= kLanes; step /= 2) {
+    __syncthreads();
+    if (threadIdx.x < step) sums[threadIdx.x] += sums[threadIdx.x + step];
+  }
+  if (threadIdx.x < kLanes && channel < kChannels)
+    partial[(channel * batch + b) * segments + segment] = sums[threadIdx.x];
 }
 
 extern "C" __global__ void __launch_bounds__(32)

@@ -11,9 +11,23 @@ namespace {
 
 using std::int64_t;
 
-constexpr int kSegmentLength = 8192;  // positions that a block of channel_sum adds
+// How channel_sum divides the positions of an image, for one strip of channels at a time.
+struct Segments {
+  int64_t strips, count, length;
+};
 
-int64_t segments_of(int64_t positions) { return std::max<int64_t>(1, ceil_div(positions, kSegmentLength)); }
+// Sixteen blocks a multiprocessor where positions allow 512 a block; at most 8192. With 8192 always, a channels_last layer
+// of few images has a few dozen blocks, each of which walks 1024 positions a thread.
+Segments segments_of(const Problem& problem) {
+  const int64_t positions = volume(output_size(problem)), channels = problem.out_channels;
+  Segments s{};
+  s.strips = problem.layout == Layout::channels_last && channels > 1 ? ceil_div(channels, 32) : channels;
+  const int64_t rows = std::max<int64_t>(1, s.strips * problem.batch);
+  s.count = std::min(ceil_div(positions, 512), std::max(ceil_div(int64_t{16 * 132}, rows), ceil_div(positions, 8192)));
+  s.count = std::max<int64_t>(1, s.count);
+  s.length = std::max<int64_t>(1, ceil_div(positions, s.count));
+  return s;
+}
 
 }  // namespace
 
@@ -144,7 +158,7 @@ TapArguments tap_arguments(const Problem& problem, const Tensors& tensors, const
 }
 
 std::size_t bias_floats(const Problem& problem) {
-  return static_cast<std::size_t>(problem.out_channels * problem.batch * segments_of(volume(output_size(problem))));
+  return static_cast<std::size_t>(problem.out_channels * problem.batch * segments_of(problem).count);
 }
 
 void launch_sums(const Step& step, const Tensors& tensors, Stream stream, std::int64_t elements, int summands,
@@ -165,17 +179,15 @@ void launch_bias_sums(const Step& step, const Tensors& tensors, Stream stream, s
   float* partial = static_cast<float*>(tensors.workspace) + partial_floats;
   const void* grad_output = tensors.grad_output;
   void* grad_bias = tensors.grad_bias;
-  int channels = static_cast<int>(problem.out_channels);
-  long long positions = volume(output_size(problem)), length = kSegmentLength;
-  int segments = static_cast<int>(segments_of(positions));
-  int count = static_cast<int>(problem.batch) * segments;
-  const int64_t strips = problem.layout == Layout::channels_last ? ceil_div(channels, 32) : channels;
+  const Segments split = segments_of(problem);
+  long long positions = volume(output_size(problem)), length = split.length;
+  int segments = static_cast<int>(split.count), count = static_cast<int>(problem.batch) * segments;
   if (count > 0) {
-    void* args[] = {&grad_output, &partial, &channels, &positions, &segments, &length};
-    launch(function(step, 2), {static_cast<unsigned>(strips * count)}, stream, args);
+    void* args[] = {&grad_output, &partial, &positions, &segments, &length};
+    launch(function(step, 2), {static_cast<unsigned>(split.strips * count)}, stream, args);
   }
   void* args[] = {&partial, &grad_bias, &count};
-  launch(function(step, 3), {static_cast<unsigned>(channels)}, stream, args);
+  launch(function(step, 3), {static_cast<unsigned>(problem.out_channels)}, stream, args);
 }
 
 }  // namespace tconv::cuda
