@@ -81,7 +81,7 @@ int main() {
   a.num_tiles = (length + BW_POSITIONS - 1) / BW_POSITIONS;
 #else
   a.tensor = EMULATED_OFFSET == 0;
-  EmulatedTensor tensors[2 + BW_MAPS];
+  EmulatedTensor tensors[2];
   for (int side = 0; side < 2; ++side) {
     const long long* size = side == 0 ? input : output;
     const long long channels = side == 0 ? in_channels : out_channels;
@@ -96,31 +96,9 @@ int main() {
     if (side == 1)
       for (int dim = 0; dim < 3; ++dim) tensors[side].step[3 - dim] = stride[dim];
   }
-#if BW_MAPS
-  // A view per residue of the taps, in the order in which they come.
-  for (int tap = 0, made = 0; tap < kTaps; ++tap) {
-    if (bw_map[tap * 4] != made) continue;
-    const int t[3] = {tap / (kernel[1] * kernel[2]), tap / kernel[2] % kernel[1], tap % kernel[2]};
-    EmulatedTensor view = tensors[1];
-    long long between = out_channels * kSize;
-    for (int dim = 2; dim >= 0; --dim) {
-      const int residue = ((dilation[dim] * t[dim] - padding[dim]) % stride[dim] + stride[dim]) % stride[dim];
-      view.first += residue * between;
-      between *= output[dim];
-      view.size[3 - dim] = (output[dim] - residue + stride[dim] - 1) / stride[dim];
-      view.stride[2 - dim] = tensors[1].stride[2 - dim] * stride[dim];
-      view.step[3 - dim] = 1;
-    }
-    tensors[2 + made] = view;
-    a.grad_map[made].word[0] = reinterpret_cast<std::uintptr_t>(&tensors[2 + made]);
-    ++made;
-  }
-#endif
 #endif
   a.input_map.word[0] = reinterpret_cast<std::uintptr_t>(&tensors[0]);
-#if !BW_MAPS
-  a.grad_map[0].word[0] = reinterpret_cast<std::uintptr_t>(&tensors[1]);
-#endif
+  a.grad_map.word[0] = reinterpret_cast<std::uintptr_t>(&tensors[1]);
   a.shares = static_cast<int>(std::min(3ll, a.num_tiles));
   constexpr int kSums = TCONV_GROUPS * BW_BLOCKS_M * BW_BLOCKS_N;
   std::vector<float> partial(static_cast<std::size_t>(kSums) * a.shares * TG_BLOCK_FLOATS, NAN);

@@ -2,7 +2,6 @@
 // name.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 #include <sstream>
@@ -34,7 +33,6 @@ constexpr int kMaxOuter = 4096;  // a table in constant memory
 constexpr int kFlush16 = 8192, kFlush32 = 2048;
 constexpr std::size_t kMostPackedBytes = std::size_t{256} << 20;
 constexpr std::size_t kPackShared = 72 << 10;  // three blocks a multiprocessor
-constexpr int kMostViews = 8;
 
 struct Geometry {
   std::string refusal;
@@ -46,15 +44,12 @@ struct Geometry {
   int classes = 1, class_pitch = 0, input_pitch = 0;
   int64_t extent[3] = {1, 1, 1}, length = 0;  // of the copies: depth, height, width; all positions
   std::vector<int> outer_table, class_table, fold_offset;
-  std::vector<std::array<int, 3>> views;  // residues by depth, height, width; none: boxes step over positions
-  std::vector<int> view_table;
   int pack_tw = 64, low = 0, reach = 0, input_lot = 32, grad_lot = 32;  // of box_gemm_pack_sm90
   std::size_t pack_shared = 0;
   int64_t num_tiles = 0, blocks = 0;
   std::size_t shared_bytes = 0;
 };
 
-int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // The least waste, then the widest.
@@ -101,23 +96,9 @@ void choose_tile(const Problem& problem, Geometry& g) {
     for (int h = 0; h < problem.kernel[1]; ++h)
       for (int w = 0; w < problem.kernel[2]; ++w) {
         const int at[3] = {d, h, w};
-        std::array<int, 3> residue{}, quotient{};
-        for (int dim : {2, 1, 0}) {
-          const int offset = static_cast<int>(problem.dilation[dim] * at[dim] - problem.padding[dim]);
-          const int stride = static_cast<int>(problem.stride[dim]);
-          quotient[dim] = floor_div(offset, stride), residue[dim] = offset - quotient[dim] * stride;
-          g.outer_table.push_back(offset);
-        }
-        auto view = std::find(g.views.begin(), g.views.end(), residue);
-        if (view == g.views.end()) view = g.views.insert(view, residue);
-        g.view_table.push_back(static_cast<int>(view - g.views.begin()));
-        for (int dim : {2, 1, 0}) g.view_table.push_back(quotient[dim]);
+        for (int dim : {2, 1, 0})
+          g.outer_table.push_back(static_cast<int>(problem.dilation[dim] * at[dim] - problem.padding[dim]));
       }
-  const Dims output = output_size(problem);
-  bool fits = g.views.size() <= kMostViews;
-  for (const auto& residue : g.views)
-    for (int dim = 0; dim < 3; ++dim) fits = fits && residue[dim] < output[dim];
-  if (!fits) g.views.clear(), g.view_table.clear();
 }
 
 // A single channel lies as in a contiguous tensor.
@@ -265,17 +246,8 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   if (g.stages < config.stages) return refuse("stages do not fit shared memory");
   g.shared_bytes = static_cast<std::size_t>(g.stages) * (stage_bytes + 16);
 
-  // One block a multiprocessor; as many shares as fill whole waves of them best.
   const int64_t others = problem.groups * g.blocks_m * g.blocks_n;
-  double best = 0;
-  for (int wave = 1; wave <= 4; ++wave) {
-    const int64_t shares = std::clamp<int64_t>(int64_t{wave} * device.multiprocessors / others, 1, g.num_tiles);
-    const double waves = std::ceil(static_cast<double>(others * shares) / device.multiprocessors);
-    const double use = static_cast<double>(others * shares) / (waves * device.multiprocessors) - 0.03 * wave;
-    if (wave > 1 && use <= best) continue;
-    best = use;
-    g.shares = static_cast<int>(shares);
-  }
+  g.shares = shares_of(others, g.num_tiles, device.multiprocessors);
   g.blocks = others * g.shares;
   return g;
 }
@@ -394,8 +366,6 @@ std::vector<Unit> units(const Step& step) {
   define("BW_STAGES", g.stages);
   define("BW_FLUSH", (g.inner ? kFlush32 : kFlush16) / g.positions);
   define("BW_OUTER", list(g.outer_table));
-  define("BW_MAPS", g.views.size());
-  if (!g.views.empty()) define("BW_MAP", list(g.view_table));
   text << shared_product_text(problem.dtype, g.n * g.columns, !g.inner);
   std::vector<Unit> all = {
       {"box_gemm_grad_weight_sm90.cu", "box_gemm_grad_weight", text.str(), threads, g.shared_bytes},
@@ -433,7 +403,7 @@ void prepare_launch(Step& step) {
 }
 
 // A side of the product as the copy engine reads it; pieces of `width` channels.
-TensorView view_of(const Problem& problem, const Geometry& g, const void* first, bool grad, int number = 0) {
+TensorView view_of(const Problem& problem, const Geometry& g, const void* first, bool grad) {
   const int64_t bytes = static_cast<int64_t>(size_of(problem.dtype));
   const bool is_rows = grad != g.input_rows;
   const int width = is_rows ? 64 : g.n;
@@ -452,19 +422,15 @@ TensorView view_of(const Problem& problem, const Geometry& g, const void* first,
   }
   const Dims size = grad ? output_size(problem) : problem.input;
   view.size[0] = pitch;
-  int64_t stride = pitch * bytes, skipped = 0;  // between neighbours of a dimension
+  int64_t stride = pitch * bytes;  // between neighbours of a dimension
   for (int dim = 2; dim >= 0; --dim) {
-    const int at = 3 - dim, step = grad ? static_cast<int>(problem.stride[dim]) : 1;
-    const bool own_view = grad && !g.views.empty();
-    const int residue = own_view ? g.views[static_cast<std::size_t>(number)][dim] : 0;
-    view.size[at] = own_view ? ceil_div(size[dim] - residue, step) : size[dim];
-    view.stride[at - 1] = own_view ? stride * step : stride;
-    view.step[at] = own_view ? 1 : step;
+    const int at = 3 - dim;
+    view.size[at] = size[dim];
+    view.stride[at - 1] = stride;
+    view.step[at] = grad ? static_cast<int>(problem.stride[dim]) : 1;
     view.box[at] = (g.tile[1 + dim] - 1) * view.step[at] + 1;
-    skipped += residue * stride;
     stride *= size[dim];
   }
-  view.first = static_cast<const char*>(first) + skipped;
   view.size[4] = problem.batch;
   view.stride[3] = stride;
   view.box[0] = width;
@@ -474,7 +440,7 @@ TensorView view_of(const Problem& problem, const Geometry& g, const void* first,
 
 // Kernel parameters of box_gemm_grad_weight and box_gemm_pack.
 struct Arguments {
-  TensorMap input_map, grad_map[kMostViews];
+  TensorMap input_map, grad_map;
   const void* input;
   const void* grad_output;
   void* partial;
@@ -541,8 +507,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
                 reinterpret_cast<std::uintptr_t>(args.grad_output) % 16 == 0;
   if (args.tensor) {
     args.input_map = tensor_map(view_of(problem, g, args.input, false));
-    for (std::size_t i = 0; i < std::max<std::size_t>(1, g.views.size()); ++i)
-      args.grad_map[i] = tensor_map(view_of(problem, g, args.grad_output, true, static_cast<int>(i)));
+    args.grad_map = tensor_map(view_of(problem, g, args.grad_output, true));
   }
   const Dims output = output_size(problem);
   for (int dim = 0; dim < 3; ++dim) {

@@ -3,17 +3,16 @@
 // Method    one side of the product has the input channels as pieces of 64, the other the taps times output channels. A
 //           warp copies, tile of positions by tile, one box per piece into a ring of stages; warpgroups multiply
 //           BW_ROWS row pieces with BW_COLUMNS column pieces, both read from shared memory. 16-bit channels_last tensors
-//           are read as they are, channels innermost; all others from copies that box_gemm_pack_sm90 makes, in which a
-//           tap is a shift. Every s-th position is a view of its own per residue, up to eight of them: a box that steps over
-//           positions takes the engine nearly twice as long (81 us against 46 for 2 x 2 taps at stride 2). Positions are shared out over blocks; tap_gemm_finish
-//           adds the partial sums.
+//           are read as they are, channels innermost, with boxes that step over positions where there is a stride; all
+//           others from copies that box_gemm_pack_sm90 makes, in which a tap is a shift. Positions are shared out over
+//           blocks; tap_gemm_finish or box_gemm_finish_sm90 adds the partial sums.
 // Refuses   fp64, fp32 without TF32, copies of more than 256 MiB (see box_gemm_grad_weight_sm90.cpp)
 // Reads as  1 locate · 2 load · 3 multiply · 5 store
 // SPDX-License-Identifier: Apache-2.0
 #include "ring_sm90.cuh"
 
 struct BoxGemmArgs {
-  TensorMap input_map, grad_map[8];
+  TensorMap input_map, grad_map;
   const storage_t* input;
   const storage_t* grad_output;
   void* partial;
@@ -40,10 +39,6 @@ constexpr int kGradUnits = BW_INPUT_ROWS ? kColumnUnits : kRowUnits;
 
 // Per outer tap. From tensors: its offsets in width, height, depth; from copies: first channel and shift.
 __constant__ int bw_outer[] = {BW_OUTER};
-#if BW_MAPS
-// Per outer tap: which view of grad_output, of every s-th position, it reads, and its offsets there.
-__constant__ int bw_map[] = {BW_MAP};
-#endif
 
 struct Place {
   int w, h, d, b;
@@ -146,21 +141,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) box_gemm_grad_weight(c
 #if BW_PACKED
         const int first = channel + bw_outer[outer * 2], shifted = k + bw_outer[outer * 2 + 1];
         if (lane == 0)
-          copy_box(to, a.grad_map[0], BW_POSITIONS_INNER ? shifted : first, BW_POSITIONS_INNER ? first : shifted, 0, 0,
-                   0, full + at.stage);
+          copy_box(to, a.grad_map, BW_POSITIONS_INNER ? shifted : first, BW_POSITIONS_INNER ? first : shifted, 0, 0, 0,
+                   full + at.stage);
 #else
         Place from = place;
         from.w = place.w * TCONV_S2 + bw_outer[outer * 3], from.h = place.h * TCONV_S1 + bw_outer[outer * 3 + 1];
         from.d = place.d * TCONV_S0 + bw_outer[outer * 3 + 2];
         if (a.tensor) {
-#if BW_MAPS
-          const int* const view = bw_map + outer * 4;
-          if (lane == 0)
-            copy_box(to, a.grad_map[view[0]], channel, place.w + view[1], place.h + view[2], place.d + view[3], place.b,
-                     full + at.stage);
-#else
-          if (lane == 0) copy_box(to, a.grad_map[0], channel, from.w, from.h, from.d, from.b, full + at.stage);
-#endif
+          if (lane == 0) copy_box(to, a.grad_map, channel, from.w, from.h, from.d, from.b, full + at.stage);
         } else {
           gather_piece<BW_INPUT_ROWS ? BW_LINE : 128>(to, a.grad_output, a.grad_size, a.batch, TCONV_GROUPS * TCONV_CO,
                                                       channel, from, {TCONV_S0, TCONV_S1, TCONV_S2}, lane);

@@ -47,8 +47,6 @@ struct Geometry {
   double step_cycles = 0;
 };
 
-int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-
 // Without height and depth, images take the place of rows.
 bool images_are_rows(const Problem& problem) {
   const Dims output = output_size(problem);
@@ -249,18 +247,8 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   g.item_steps = g.rows + g.span;
   const int64_t items = g.strips * (images ? 1 : problem.input[0] * problem.batch);
   g.steps = g.rows == 0 ? 0 : items * g.item_steps;
-  // One block a multiprocessor; as many shares as fill whole waves of them best.
   const int64_t others = problem.groups * g.blocks_m * g.blocks_n * g.slices;
-  const int64_t most_shares = std::max<int64_t>(1, g.steps / (4 + 4 * g.span));
-  double use_best = 0;
-  for (int wave = 1; wave <= 4; ++wave) {
-    const int64_t shares = std::clamp<int64_t>(int64_t{wave} * device.multiprocessors / others, 1, most_shares);
-    const double waves = std::ceil(static_cast<double>(others * shares) / device.multiprocessors);
-    const double use = static_cast<double>(others * shares) / (waves * device.multiprocessors) - 0.03 * wave;
-    if (wave > 1 && use <= use_best) continue;
-    use_best = use;
-    g.shares = static_cast<int>(shares);
-  }
+  g.shares = shares_of(others, g.steps / (4 + 4 * g.span), device.multiprocessors);
   g.blocks = others * g.shares;
   return g;
 }

@@ -51,8 +51,6 @@ struct Geometry : TapSlices {
 
 int pitch_of(int64_t positions) { return static_cast<int>(ceil_div(positions - 1, 8) * 8 + 1); }
 
-int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-
 // Planes of a row of grad_output: all start at the same multiple of the stride, an even column.
 void set_window(Geometry& g, int stride) {
   const std::vector<int>& offsets = g.offset[2];
@@ -189,18 +187,8 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   g.sets = g.taps / multiple;
   choose_tile(problem, device, config, g);
   if (g.tile[2] == 0) return refuse("no tile fits shared memory");
-  // One block a multiprocessor; as many shares as fill whole waves of them best.
   const int64_t others = problem.groups * g.blocks_m * g.blocks_n * g.slices;
-  double best = 0;
-  for (int wave = 1; wave <= 4; ++wave) {
-    const int64_t shares =
-        std::clamp<int64_t>(int64_t{wave} * device.multiprocessors / others, 1, std::max<int64_t>(1, g.num_tiles));
-    const double waves = std::ceil(static_cast<double>(others * shares) / device.multiprocessors);
-    const double use = static_cast<double>(others * shares) / (waves * device.multiprocessors) - 0.03 * wave;
-    if (wave > 1 && use <= best) continue;
-    best = use;
-    g.shares = static_cast<int>(shares);
-  }
+  g.shares = shares_of(others, g.num_tiles, device.multiprocessors);
   g.blocks = others * g.shares;
   return g;
 }

@@ -3,6 +3,7 @@
 #include "tap_tiling.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <sstream>
 
@@ -155,6 +156,20 @@ TapArguments tap_arguments(const Problem& problem, const Tensors& tensors, const
   args.shares = shares;
   args.num_tiles = tiling.num_tiles;
   return args;
+}
+
+int shares_of(int64_t others, int64_t most, int multiprocessors) {
+  double best = 0;
+  int64_t chosen = 1;
+  for (int wave = 1; wave <= 4; ++wave) {
+    const int64_t shares = std::clamp<int64_t>(int64_t{wave} * multiprocessors / others, 1, std::max<int64_t>(1, most));
+    const double waves = std::ceil(static_cast<double>(others * shares) / multiprocessors);
+    const double use = static_cast<double>(others * shares) / (waves * multiprocessors) - 0.03 * wave;
+    if (wave > 1 && use <= best) continue;
+    best = use;
+    chosen = shares;
+  }
+  return static_cast<int>(chosen);
 }
 
 std::size_t bias_floats(const Problem& problem) {

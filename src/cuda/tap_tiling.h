@@ -59,6 +59,10 @@ struct TapArguments {
 };
 TapArguments tap_arguments(const Problem& problem, const Tensors& tensors, const TapTiling& tiling, int shares);
 
+// How many blocks share the positions where there are `others` of one each and one block a multiprocessor: as fills whole
+// waves of them best; at least 1, at most `most`.
+int shares_of(std::int64_t others, std::int64_t most, int multiprocessors);
+
 // What follows the partial sums of `elements` weights, `summands` of each, that lie first in the workspace: the weight
 // gradient by tap_gemm_finish.cu, the bias gradient by channel_sum.cu (functions 1 to 3 of the step), the latter with
 // bias_floats(problem) floats behind partial_floats.

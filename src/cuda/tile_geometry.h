@@ -30,6 +30,7 @@ Columns columns_of(int tile, int multiplier, const std::vector<int>& offset);
 // "1,2,3": the initialiser of a table in a prelude.
 std::string list(const std::vector<int>& values);
 
+constexpr int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace tconv::cuda
