@@ -447,7 +447,7 @@ void fill_operands(PyObject* object, std::array<Pointer, tconv::kMaxOperands>& s
 
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded(PyExc_RuntimeError, [&]() -> PyObject* {
-    expect_arguments("run", count, 15);
+    expect_arguments("run", count, 16);
     const Plan& plan = plan_of(args[0]);
     tconv::Stream stream;
     stream.handle = to_pointer(args[1]);
@@ -465,6 +465,7 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     tensors.workspace = to_pointer(args[12]);
     fill_operands(args[13], tensors.operands);
     fill_operands(args[14], tensors.grad_operands);
+    tensors.weight_channels_last = to_int(args[15]) != 0;
     {
       ReleaseGil released;
       tconv::execute(plan, tensors, stream);
@@ -610,7 +611,7 @@ PyMethodDef methods[] = {
     {"parse_problem", parse_problem, METH_O, "parse_problem(text) -> dict"},
     {"run", as_method(run), METH_FASTCALL,
      "run(plan, stream, num_threads, input, weight, bias, grad_output, output, grad_bias, raw, mean, rstd, workspace, "
-     "operands, grad_operands); tensors are addresses or None"},
+     "operands, grad_operands, weight_channels_last); tensors are addresses or None"},
     {"compile", as_method(compile), METH_FASTCALL, "compile(problem, device) -> list of build reports"},
     {"device_info", device_info, METH_O, "device_info(name) -> dict"},
     {"cuda_device_count", cuda_device_count, METH_NOARGS,

@@ -524,6 +524,9 @@ void execute(const Plan& plan, const Tensors& tensors, Stream stream) {
   if (plan.device.backend == Backend::cuda && plan.device.index < 0) {
     throw std::runtime_error("a plan for " + plan.device.name + ", a hand-written device, cannot be run");
   }
+  if (tensors.weight_channels_last && plan.device.backend != Backend::cuda) {
+    throw std::invalid_argument("weight_channels_last is set; on the CPU weights are contiguous");
+  }
   std::byte* workspace = static_cast<std::byte*>(tensors.workspace);
   std::optional<Buffer> own;
   if (plan.workspace_bytes > 0 && workspace == nullptr) {

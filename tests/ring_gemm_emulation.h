@@ -67,9 +67,9 @@ int main() {
       x.first, copy.data(), a.source_image, a.source_inner, source_plane, static_cast<int>((source_plane + 63) / 64),
       0};
   source_pack.blocks = static_cast<unsigned>(batch * TCONV_GROUPS * source_pack.tiles * RG_CHUNKS);
-  emulated_launch(3, 256, 1, [&] { pack::ring_gemm_pack(w.data(), packed, kPackBlocks, 1, source_pack); });
+  emulated_launch(3, 256, 1, [&] { pack::ring_gemm_pack(w.data(), packed, kPackBlocks, 0, 1, source_pack); });
 #else
-  emulated_launch(1, 256, 1, [&] { pack::ring_gemm_pack(w.data(), packed, kPackBlocks); });
+  emulated_launch(1, 256, 1, [&] { pack::ring_gemm_pack(w.data(), packed, kPackBlocks, 0); });
 #endif
   a.weights = packed;
 #if RG_TENSOR

@@ -204,7 +204,7 @@ def test_arguments_of_the_binding_are_checked() -> None:
     with pytest.raises(TypeError, match="plan takes 21 arguments"):
         _C.plan(1, 2)
     with pytest.raises(TypeError, match=r"expected a tconv\._C\.Plan"):
-        _C.run(*[None] * 15)
+        _C.run(*[None] * 16)
     with pytest.raises(ValueError, match="direction must be in"):
         _C.plan(9, *[0] * 20)
     with pytest.raises(TypeError):

@@ -21,6 +21,8 @@ struct Tensors {
   const void* input = nullptr;
   const void* weight = nullptr;
   const void* bias = nullptr;
+  bool weight_channels_last =
+      false;  // CUDA: weight lies (in, taps, out / groups), as PyTorch's channels_last weights do
   const void* grad_output = nullptr;
   void* output = nullptr;
   void* grad_bias = nullptr;  // grad_weight: optional, (out_channels) in the problem's dtype

@@ -60,6 +60,7 @@ def run(
     workspace: _Address,
     operands: Optional[tuple[_Address, ...]],
     grad_operands: Optional[tuple[_Address, ...]],
+    weight_channels_last: bool,
     /,
 ) -> None: ...
 def compile(problem: str, device: str, /) -> list[dict[str, Any]]: ...

@@ -123,9 +123,10 @@ def check(problem: str, device: str, training: bool = True) -> Tuple[bool, List[
     positions = p["batch"]
     for size in p["output"]:
         positions *= size
-    code = _core._precision_code(geom.precision, result, geom.groups)
+    code = _core._precision_code(geom.precision, result, _core.FORWARD, geom.groups)
     rows = [("output", _relative(result.detach(), exact.detach()), _tolerance(dtype, terms, code))]
     if training:
+        code = _core._precision_code(geom.precision, result, _core.GRAD_WEIGHT, geom.groups)
         grad = (torch.rand(exact.shape, dtype=torch.float64) - 0.5).to(result.dtype)
         wanted = [i for i in range(len(inputs)) if i not in fixed]
         theirs_grad = torch.autograd.grad(exact, [theirs[i] for i in wanted], grad.double())

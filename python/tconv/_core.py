@@ -63,12 +63,12 @@ def tf32_allowed() -> bool:
     return bool(torch.backends.cudnn.allow_tf32)
 
 
-def _precision_code(precision: int, x: Tensor, groups: int) -> int:
+def _precision_code(precision: int, x: Tensor, direction: int, groups: int) -> int:
     if x.dtype != torch.float32 or not x.is_cuda:
         return FP32  # the CPU computes in fp32 always; other dtypes have one arithmetic only
     if precision == FOLLOW_FLAGS:
-        # cuDNN uses TF32 for groups = 1 only; grouped layers are computed in fp32.
-        return TF32 if groups == 1 and tf32_allowed() else FP32
+        # cuDNN computes the forward pass of grouped layers in fp32 whatever the flag says, their gradients mostly in TF32.
+        return TF32 if (groups == 1 or direction in (GRAD_INPUT, GRAD_WEIGHT)) and tf32_allowed() else FP32
     return precision
 
 
@@ -151,6 +151,17 @@ def dense(x: Tensor, layout: int) -> Tensor:
     if layout == CHANNELS_LAST and x.dim() >= 4:
         return x.contiguous(memory_format=_CHANNELS_LAST_FORMAT[x.dim() - 2])
     return x.contiguous()
+
+
+def dense_weight(w: Tensor) -> Tuple[Tensor, bool]:
+    """The weight, and whether it lies in channels_last: kernels on CUDA read that as it is. Otherwise contiguous."""
+    if w.is_neg():
+        w = w.resolve_neg()
+    if w.is_contiguous():
+        return w, False
+    if w.is_cuda and is_dense(w, CHANNELS_LAST):
+        return w, True
+    return w.contiguous(), False
 
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
@@ -354,7 +365,7 @@ def check_sizes(geom: Geometry, x_shape: Size, kernel: Size) -> None:
 class Entry:
     """A plan and what has to be known to run it on tensors of these sizes and strides."""
 
-    __slots__ = ("copies", "cuda", "geom", "layout", "plan", "shape", "w_shape", "workspace", "x_shape")
+    __slots__ = ("copies", "cuda", "geom", "layout", "plan", "shape", "w_shape", "weight_last", "workspace", "x_shape")
 
     def __init__(self, plan: Any, geom: Geometry, shape: Size, layout: int, x_shape: Size, w_shape: Size) -> None:
         self.plan = plan  # None: the forward result has no elements (so gradients are zero), or meta tensors
@@ -366,6 +377,7 @@ class Entry:
         self.w_shape = w_shape
         self.cuda = -1  # the device's index; -1 on the CPU
         self.copies = True  # whether an operand may have to be copied into the plan's layout first
+        self.weight_last = False  # without copies: the weight lies in channels_last
 
     def workspace_for(self, x: Tensor) -> Optional[Tensor]:
         if self.workspace and x.is_cuda:
@@ -409,7 +421,7 @@ def make_plan(
         geom.dilation,
         DTYPE_CODES[like.dtype],
         layout,
-        _precision_code(geom.precision, like, geom.groups),
+        _precision_code(geom.precision, like, direction, geom.groups),
         like.get_device() if like.is_cuda else -1,
         epilogue,
         save,
@@ -501,7 +513,9 @@ def make_forward_entry(geom: Geometry, x: Tensor, w: Tensor, bias: Optional[Tens
     shape = (*x_shape[: -rank - 1], out_channels, *geom.output_size(spatial, kernel))
     entry = Entry(plan, geom, shape, layout, x_shape, w_shape)
     entry.cuda = x.get_device() if x.is_cuda else -1
-    dense_already = (is_dense(x, layout), is_dense(w, CONTIGUOUS), bias is None or is_dense(bias, CONTIGUOUS))
+    entry.weight_last = x.is_cuda and not is_dense(w, CONTIGUOUS) and is_dense(w, CHANNELS_LAST)
+    weight_ready = entry.weight_last or is_dense(w, CONTIGUOUS)
+    dense_already = (is_dense(x, layout), weight_ready, bias is None or is_dense(bias, CONTIGUOUS))
     entry.copies = not all(dense_already)
     return entry
 
@@ -509,8 +523,10 @@ def make_forward_entry(geom: Geometry, x: Tensor, w: Tensor, bias: Optional[Tens
 def run_forward(entry: Entry, x: Tensor, w: Tensor, bias: Optional[Tensor]) -> Tensor:
     layout = entry.layout
     negative = x.is_neg() or w.is_neg() or (bias is not None and bias.is_neg())
+    weight_last = entry.weight_last
     if entry.copies or negative:  # strides, and so the need to copy, are part of the entry's key
-        x, w = dense(x, layout), dense(w, CONTIGUOUS)
+        x = dense(x, layout)
+        w, weight_last = dense_weight(w)
         bias = None if bias is None else dense(bias, CONTIGUOUS)
     y = empty(entry.shape, layout, x)
     if entry.plan is None:
@@ -537,6 +553,7 @@ def run_forward(entry: Entry, x: Tensor, w: Tensor, bias: Optional[Tensor]) -> T
         None if workspace is None else workspace.data_ptr(),
         None,
         None,
+        weight_last,
     )
     return y
 
@@ -585,7 +602,7 @@ def grad_input(geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Seque
         )
         entry = _remember(_backward_entries, key, Entry(plan, geom, x_shape, layout, x_shape, tuple(w.shape)))
     g = dense(grad_output, entry.layout)
-    w = dense(w, CONTIGUOUS)
+    w, weight_last = dense_weight(w)
     result = empty(entry.shape, entry.layout, g)
     if entry.plan is None:
         return result.zero_()
@@ -606,6 +623,7 @@ def grad_input(geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Seque
         None if workspace is None else workspace.data_ptr(),
         None,
         None,
+        weight_last,
     )
     return result
 
@@ -676,6 +694,7 @@ def grad_weight(
         None if workspace is None else workspace.data_ptr(),
         None,
         None,
+        False,
     )
     return result, grad_bias
 

@@ -188,7 +188,7 @@ def run_inference(
     """The result alone; `kept` are the addresses of raw, mean and rstd."""
     layout = entry.layout
     x = _core.dense(x, layout)
-    w = _core.dense(w, _core.CONTIGUOUS)
+    w, weight_last = _core.dense_weight(w)
     if bias is not None:
         bias = _core.dense(bias, _core.CONTIGUOUS)
     prepared = _prepare_operands(entry, chain, operands) if operands else ()
@@ -210,6 +210,7 @@ def run_inference(
         None if workspace is None else workspace.data_ptr(),
         tuple([t.data_ptr() for t in prepared]) if prepared else None,
         None,
+        weight_last,
     )
     return y
 
@@ -310,6 +311,7 @@ def chain_backward(
         None if workspace is None else workspace.data_ptr(),
         tuple(t.data_ptr() for t in prepared),
         tuple(g.data_ptr() if want else None for g, want in zip(grads, wanted)),
+        False,
     )
     return [result, *(g.to(t.dtype) if want else g for g, t, want in zip(grads, operands, wanted))]
 
@@ -479,7 +481,7 @@ def _apply_pre(x: Tensor, chain: str, rank: int) -> Tensor:
     threads = 0 if x.is_cuda else torch.get_num_threads()
     scratch = None if workspace is None else workspace.data_ptr()
     unused = (None,) * 3
-    _C.run(plan, _core._stream(x), threads, x.data_ptr(), *unused, y.data_ptr(), None, *unused, scratch, None, None)
+    _C.run(plan, _core._stream(x), threads, x.data_ptr(), *unused, y.data_ptr(), None, *unused, scratch, None, None, False)
     return y
 
 

@@ -155,7 +155,7 @@ class CpuClock:
 class CudaClock:
     """CUDA events around one call, behind a flushed L2 and enough work that the host never lets the device wait."""
 
-    def __init__(self, device: torch.device, lead_us: float = 400) -> None:
+    def __init__(self, device: torch.device, lead_us: float = 1000) -> None:
         self.device = device
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
         self.flush_note = "L2 flushed by writing 256 MB"
@@ -448,7 +448,7 @@ def raw_runs(case: Case, direction: str, plans: dict[str, Any]) -> dict[str, Run
             _C.run(
                 plan, stream, torch.get_num_threads(), at(x, direction != "grad_input"),
                 at(weight, direction != "grad_weight"), at(bias, forward), at(grad, not forward), at(result),
-                at(grad_bias, direction == "grad_weight"), None, None, None, address, None, None,
+                at(grad_bias, direction == "grad_weight"), None, None, None, address, None, None, False,
             )  # fmt: skip
             return result, workspace
 

@@ -9,6 +9,13 @@ struct alignas(2) bf16_t {
   unsigned short bits;
 };
 
+// Where the weight of input channel ci (of all groups), output channel co (of its group) and a tap lies: contiguous, or as
+// PyTorch keeps the weights of a channels_last layer.
+template <int kOutputChannels, int kTaps>
+__device__ __forceinline__ long long weight_element(int channels_last, long long ci, long long co, long long tap) {
+  return channels_last ? (ci * kTaps + tap) * kOutputChannels + co : (ci * kOutputChannels + co) * kTaps + tap;
+}
+
 // widen: a stored element as the type it is computed in.
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }

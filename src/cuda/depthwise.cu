@@ -28,6 +28,7 @@ struct Arguments {
   long long result_size[3];
   long long lattice[3];  // positions; of height, groups of QUEUE
   long long packed;      // width phases may be stored as one access
+  int weight_last;
 };
 
 constexpr int kWarps = kThreads / 32;
@@ -83,8 +84,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const int c = channel0 + e % kChannelTile, slot = e / kChannelTile % kTaps, m = e / (kChannelTile * kTaps);
     accum_t w = 0;
     if (c < TCONV_GROUPS) {
-      const long long at =
-          (static_cast<long long>(c) * (kResultChannels * kSourceChannels) + m) * kTaps + kSlotTap[slot];
+      const long long at = weight_element<TCONV_CO, kTaps>(a.weight_last, c, m, kSlotTap[slot]);
       w = widen(static_cast<const storage_t*>(a.weight)[at]);
     }
     weights[e] = w;

@@ -34,6 +34,7 @@ struct Arguments {
   long long source_size[3];
   long long result_size[3];
   long long lattice[3];
+  int weight_last;
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -279,6 +280,7 @@ void launch(const Step& step, const Tensors& tensors, Stream stream) {
   Arguments a{};
   a.source = g.forward ? tensors.input : tensors.grad_output;
   a.weight = tensors.weight;
+  a.weight_last = tensors.weight_channels_last;
   a.bias = tensors.bias;
   a.result = tensors.output;
   a.batch = problem.batch;

@@ -30,6 +30,7 @@ struct Arguments {
   long long source_size[3];
   long long result_size[3];
   long long lattice[3];  // positions per dimension, enough for every phase
+  int weight_last;
 };
 
 constexpr int kWarps = kThreads / 32;
@@ -186,13 +187,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) gather(const 
         const int tap_0 = kFirstTap_0[phase[0]] + row / counts[1] * kTapStep[0];
         const long long tap = (static_cast<long long>(tap_0) * TCONV_K1 + tap_1) * TCONV_K2 + tap_2;
 #if TCONV_GATHER_FORWARD
-        const long long pair = (static_cast<long long>(g) * kSum + k0 + k) * kResult + n;
+        const long long ci = static_cast<long long>(g) * kSum + k0 + k, co = n;
 #else
-        const long long pair = (static_cast<long long>(g) * kResult + n) * kSum + k0 + k;
+        const long long ci = static_cast<long long>(g) * kResult + n, co = k0 + k;
 #endif
-        weights[e] = n < kResult
-                         ? static_cast<accum_t>(widen(static_cast<const storage_t*>(a.weight)[pair * kTaps + tap]))
-                         : accum_t(0);
+        weights[e] = n < kResult ? static_cast<accum_t>(widen(static_cast<const storage_t*>(
+                                       a.weight)[weight_element<TCONV_CO, kTaps>(a.weight_last, ci, co, tap)]))
+                                 : accum_t(0);
       }
       __syncthreads();
 #pragma unroll 1

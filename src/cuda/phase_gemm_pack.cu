@@ -10,7 +10,7 @@ __constant__ int pg_order[] = {PG_ORDER};            // one chunk: all passes be
 __constant__ int pg_item_begin[] = {PG_ITEM_BEGIN};  // per pass, in taps
 
 extern "C" __global__ void __launch_bounds__(256)
-    phase_gemm_pack(const storage_t* weight, unsigned* packed, unsigned total) {
+    phase_gemm_pack(const storage_t* weight, unsigned* packed, unsigned total, int weight_last) {
   constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1;
   constexpr int kRegisters = PG_WN == 8 ? 2 : 4;
   for (unsigned word = blockIdx.x * 256 + threadIdx.x; word < total; word += gridDim.x * 256) {
@@ -41,7 +41,8 @@ extern "C" __global__ void __launch_bounds__(256)
       if (n < PG_N && k + e < PG_K) {
         // forward: k = ci, n = co; grad_input: k = co, n = ci
         const long long ci = PG_FORWARD ? k + e : n, co = PG_FORWARD ? n : k + e;
-        value[e] = weight[((group * (long long)TCONV_CI + ci) * TCONV_CO + co) * PG_NUM_TAPS + tap];
+        value[e] =
+            weight[weight_element<TCONV_CO, PG_NUM_TAPS>(weight_last, group * (long long)TCONV_CI + ci, co, tap)];
       }
     }
 #if TCONV_DTYPE_f32

@@ -8,7 +8,7 @@
 __constant__ int p9_entry_tap[] = {P9_ENTRY_TAP};  // [entry][live phase] -> packed tap, or -1
 
 extern "C" __global__ void __launch_bounds__(256)
-    phase_gemm_pack(const storage_t* weight, unsigned* packed, unsigned total) {
+    phase_gemm_pack(const storage_t* weight, unsigned* packed, unsigned total, int weight_last) {
   constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1;
   for (unsigned word = blockIdx.x * 256 + threadIdx.x; word < total; word += gridDim.x * 256) {
     unsigned index = word;
@@ -33,7 +33,8 @@ extern "C" __global__ void __launch_bounds__(256)
       for (int e = 0; e < kPerWord; ++e)
         if (tap >= 0 && k + e < P9_K) {
           const long long ci = P9_FORWARD ? k + e : n, co = P9_FORWARD ? n : k + e;
-          value[e] = weight[((group * (long long)TCONV_CI + ci) * TCONV_CO + co) * P9_NUM_TAPS + tap];
+          value[e] =
+              weight[weight_element<TCONV_CO, P9_NUM_TAPS>(weight_last, group * (long long)TCONV_CI + ci, co, tap)];
         }
     }
 #if TCONV_DTYPE_f32

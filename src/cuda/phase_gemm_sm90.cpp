@@ -408,7 +408,8 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     const void* weight = tensors.weight;
     void* packed = tensors.workspace;
     unsigned total = ready.packed;
-    void* args[] = {&weight, &packed, &total};
+    int weight_last = tensors.weight_channels_last;
+    void* args[] = {&weight, &packed, &total, &weight_last};
     launch(*ready.functions[1], {std::min(4096u, (total + 255) / 256)}, stream, args);
   }
   struct {

@@ -62,7 +62,7 @@ __device__ __forceinline__ void pack_source(const SourcePack& a, unsigned first,
 #endif
 
 extern "C" __global__ void __launch_bounds__(256, 4)
-    ring_gemm_pack(const storage_t* weight, unsigned* packed, unsigned blocks
+    ring_gemm_pack(const storage_t* weight, unsigned* packed, unsigned blocks, int weight_last
 #if RG_PACK_SOURCE
                    ,
                    unsigned weight_grid, const SourcePack source
@@ -88,8 +88,10 @@ extern "C" __global__ void __launch_bounds__(256, 4)
     const bool pair = kPerWord == 2 && exists && k + 1 < RG_K;
     const long long ci = RG_FORWARD ? k : n, co = RG_FORWARD ? n : k;
     const storage_t* const first =
-        weight + (exists ? ((group * (long long)TCONV_CI + ci) * TCONV_CO + co) * RG_NUM_TAPS : 0);
-    const storage_t* const second = first + (RG_FORWARD ? TCONV_CO * RG_NUM_TAPS : RG_NUM_TAPS);
+        weight +
+        (exists ? weight_element<TCONV_CO, RG_NUM_TAPS>(weight_last, group * (long long)TCONV_CI + ci, co, 0) : 0);
+    const storage_t* const second = first + (RG_FORWARD ? TCONV_CO * RG_NUM_TAPS : weight_last ? 1 : RG_NUM_TAPS);
+    const int next_tap = weight_last ? TCONV_CO : 1;
     unsigned* const to =
         packed + (long long)block * (RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64) + unit * 256 + threadIdx.x;
     for (int pass = 0; pass < RG_NUM_PASSES; ++pass) {
@@ -97,11 +99,11 @@ extern "C" __global__ void __launch_bounds__(256, 4)
 #pragma unroll 4
       for (int entry = 0; entry < count; ++entry) {
         const int tap = rg_entry_tap[(begin + entry) * RG_NUM_LIVE + live];
-        const storage_t low = exists && tap >= 0 ? first[tap] : storage_t();
+        const storage_t low = exists && tap >= 0 ? first[tap * next_tap] : storage_t();
 #if TCONV_DTYPE_f32
         const unsigned word = to_tf32(widen(low));
 #else
-        const unsigned word = pack_words(low, pair && tap >= 0 ? second[tap] : storage_t());
+        const unsigned word = pack_words(low, pair && tap >= 0 ? second[tap * next_tap] : storage_t());
 #endif
         to[(long long)(begin * RG_CHUNKS + chunk * count + entry) * (kUnits * 256)] = word;
       }

@@ -319,7 +319,8 @@ void launch_packing(const Step& step, const Tensors& tensors, const Ready& ready
     copy.blocks = static_cast<unsigned>(problem.batch * problem.groups * copy.tiles * g.chunks);
     grid += std::min(65536u, copy.blocks);
   }
-  void* args[] = {&weight, &packed, &blocks, &weight_grid, &copy};
+  int weight_last = tensors.weight_channels_last;
+  void* args[] = {&weight, &packed, &blocks, &weight_last, &weight_grid, &copy};
   launch(*ready.functions[1], {grid}, stream, args);
 }
 
