@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +101,29 @@ def test_work_is_queued_on_the_current_stream() -> None:
         y = tconv.conv_transpose2d(later, w)
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_thread_that_has_used_no_cuda(dtype: torch.dtype) -> None:
+    """Such a thread has no context; nothing but our own calls sets one when all memory comes from PyTorch's cache."""
+    layer = tconv.nn.ConvTranspose2d(64, 64, 3).to("cuda", dtype, memory_format=torch.channels_last)
+    x = torch.rand(2, 64, 32, 40, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+    grad = torch.rand_like(layer(x))
+    results: list[Any] = []
+
+    def step() -> None:
+        inputs = [x.detach().requires_grad_(), *layer.parameters()]
+        results.append(torch.autograd.grad(layer(inputs[0]), inputs, grad))
+
+    step()
+    expected, results[:] = [t.clone() for t in results[0]], []
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    assert len(results) == 1  # an error in the thread would have left nothing
+    for ours, first in zip(results[0], expected):
+        assert torch.equal(ours, first)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -494,6 +494,7 @@ void launch_packing(const Step& step, const Tensors& tensors, const Geometry& g,
 }
 
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
+  const Current current(step.device.index);  // for the tensor maps
   const Geometry& g = static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()))->geometry;
   const Problem& problem = step.problem;
   const Workspace at = workspace(problem, g);

@@ -78,28 +78,6 @@ CUcontext primary_context(int device) {
   return contexts[device];
 }
 
-// Makes the device's primary context current; does nothing when it is already, which is the usual case.
-class Current {
- public:
-  explicit Current(int device) : cuda_(libcuda()) {
-    CUcontext wanted = primary_context(device), now = nullptr;
-    check(cuda_.context_get(&now), "cuCtxGetCurrent");
-    if (now == wanted) return;
-    check(cuda_.context_push(wanted), "cuCtxPushCurrent");
-    pushed_ = true;
-  }
-  ~Current() {
-    CUcontext popped;
-    if (pushed_) cuda_.context_pop(&popped);
-  }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
-
- private:
-  const Libcuda& cuda_;
-  bool pushed_ = false;
-};
-
 // Loaded code, kept for the life of the process. Never destroyed: at exit the driver may already be gone.
 struct Module {
   CUmodule handle = nullptr;
@@ -154,6 +132,19 @@ std::shared_ptr<const Function> load_now(const Unit& unit, const Device& device)
 }
 
 }  // namespace
+
+Current::Current(int device) {
+  const Libcuda& cuda = libcuda();
+  CUcontext wanted = primary_context(device), now = nullptr;
+  check(cuda.context_get(&now), "cuCtxGetCurrent");
+  if (now == wanted) return;
+  check(cuda.context_push(wanted), "cuCtxPushCurrent");
+  pushed_ = true;
+}
+Current::~Current() {
+  CUcontext popped;
+  if (pushed_) libcuda().context_pop(&popped);
+}
 
 const Libcuda& libcuda_or_failure() noexcept {
   static const Libcuda* cuda = new Libcuda(open_libcuda());

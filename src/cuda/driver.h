@@ -53,6 +53,19 @@ std::string arch_of(const Device& device);
 // Compiles (or finds) and loads; one shared instance per (unit, device) in the process.
 std::shared_ptr<const Function> load(const Unit& unit, const Device& device);
 
+// Makes the device's primary context current for its own life; does nothing when it is already, which is the usual case. A
+// thread that has used no CUDA yet (PyTorch's backward threads at first) has none, and tensor maps need one.
+class Current {
+ public:
+  explicit Current(int device);
+  ~Current();
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+ private:
+  bool pushed_ = false;
+};
+
 struct Grid {
   unsigned x = 1, y = 1, z = 1;
 };

@@ -156,7 +156,7 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
     const int mask = mask_of(taps);
     for (int ni = 0; ni < column_tiles; ++ni) g.used += mask >> ni & 1;
   }
-  g.registers = g.lines * column_tiles * 4 + 4 * g.lines * g.parts + g.lines + 72 + (g.parts == 2 ? 12 : 0);
+  g.registers = g.lines * column_tiles * 4 + 4 * g.lines * g.parts + g.lines + 80 + (g.parts == 2 ? 12 : 0);
   if (g.registers > 255) return refuse(std::to_string(g.registers) + " registers a thread");
   g.blocks_per_multiprocessor = static_cast<int>(std::clamp<int64_t>(
       std::min<int64_t>(

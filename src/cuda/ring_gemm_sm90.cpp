@@ -325,6 +325,7 @@ void launch_packing(const Step& step, const Tensors& tensors, const Ready& ready
 }
 
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
+  const Current current(step.device.index);  // for the tensor maps
   const Ready& ready = *static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()));
   const Geometry& g = ready.geometry;
   const Problem& problem = step.problem;

@@ -11,13 +11,13 @@ namespace {
 using std::int64_t;
 
 // Copies that a warp issues for a staged row, as in load_tile, with what else it works out for the row, as so many more.
-double copies_of(const Problem& problem, int64_t words, int64_t columns) {
+double copies_of(const Problem& problem, int64_t words, int64_t rows, int64_t columns) {
   int64_t lanes = 1;
   if (problem.layout == Layout::channels_last) {
     while (lanes < std::min<int64_t>(words, 32)) lanes *= 2;
   }
   const int64_t lane_columns = 32 / lanes, over = columns % lane_columns, turns = ceil_div(words, lanes);
-  const int64_t tail = over * 4 <= lane_columns ? over : 0;
+  const int64_t tail = over * 4 <= lane_columns && rows * words * over <= 4 * 128 ? over : 0;
   return static_cast<double>(ceil_div(columns - tail, lane_columns) * turns) +
          static_cast<double>(tail * words) / 10.0 + 4.0 + 1.5 * static_cast<double>(turns);
 }
@@ -26,12 +26,13 @@ double copies_of(const Problem& problem, int64_t words, int64_t columns) {
 
 RowTile row_tile(const Problem& problem, const Device& device, int block_m, const int64_t (&lattice)[3],
                  const int (&step)[3], const std::vector<int> (&offset)[3], int words, int residue,
-                 std::size_t other_bytes) {
+                 std::size_t other_bytes, int width) {
   RowTile g;
   const auto [least, most] = std::minmax_element(offset[2].begin(), offset[2].end());
   const int extent = *most - *least;
   double best = std::numeric_limits<double>::max();
   for (int tw = 16; tw <= block_m; tw *= 2) {
+    if (width > 0 && tw != width) continue;
     for (int th = 1; th * tw <= block_m; th *= 2) {
       const int td = block_m / (tw * th);
       if (int64_t{step[0]} * td > 4096 || int64_t{step[1]} * th > 4096) continue;
@@ -44,7 +45,7 @@ RowTile row_tile(const Problem& problem, const Device& device, int block_m, cons
       if (shared > device.shared_memory_per_block) continue;
       const int64_t tiles = ceil_div(lattice[0], td) * ceil_div(lattice[1], th) * ceil_div(lattice[2], tw);
       const auto resident = static_cast<int64_t>(device.shared_memory_per_multiprocessor / (shared + 1024));
-      const double copies = static_cast<double>(rows) * copies_of(problem, words, columns);
+      const double copies = static_cast<double>(rows) * copies_of(problem, words, rows, columns);
       const double cost = static_cast<double>(tiles) * (32.0 * copies + 2.0 * block_m) *
                           (resident >= 3   ? 1.0
                            : resident == 2 ? 1.15

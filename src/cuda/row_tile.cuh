@@ -29,18 +29,21 @@ constexpr int kLanes = !TCONV_CHANNELS_LAST ? 1
                        : RT_WORDS > 2       ? 4
                                             : RT_WORDS;
 constexpr int kLaneColumns = 32 / kLanes;
-// A last span of a few columns is staged on its own, with lanes along the rows.
-constexpr int kTail = RT_COLUMNS % kLaneColumns * 4 <= kLaneColumns ? RT_COLUMNS % kLaneColumns : 0;
+// A last span of a few columns is staged on its own, with lanes along the rows, unless it takes many turns.
+constexpr int kThreadsOfTile = 32 * RT_WARPS, kOver = RT_COLUMNS % kLaneColumns;
+constexpr int kTailTurns = (kRows * RT_WORDS * kOver + kThreadsOfTile - 1) / kThreadsOfTile;
+constexpr int kTail = kOver * 4 <= kLaneColumns && kTailTurns <= 4 ? kOver : 0;
 constexpr int kSpans = (RT_COLUMNS - kTail + kLaneColumns - 1) / kLaneColumns;
+static_assert(kSpans > 0);
 
-// A warp takes whole rows of the tile, all words of channels behind each other, so that what is worked out per row
-// and per column is worked out once (a row at a time for each word took twice as long for three taps of eight channels).
-// Positions outside the source are zero.
+// A warp takes whole rows of the tile, all words of channels behind each other, so that what is worked out per row and per
+// column is worked out once (a row at a time for each word took twice as long for three taps of eight channels). Positions
+// outside the source are zero.
 __device__ __forceinline__ void load_tile(unsigned* tile, const RowSource& a, int first_channel, int d0, int h0,
                                           int w0) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  // Spans whose reads are under way together, where they go through registers.
-  constexpr int kBatch = kSpans < 4 ? (kSpans < 1 ? 1 : kSpans) : 4;
+  // Of a row: words and spans whose reads are under way together, where they go through registers.
+  constexpr int kTurns = (RT_WORDS + kLanes - 1) / kLanes, kUnits = kTurns * kSpans, kBatch = kUnits < 8 ? kUnits : 8;
   constexpr int kStep = TCONV_CHANNELS_LAST ? RT_CHANNELS * TCONV_GROUPS : 1;
   const int x0 = lane / kLanes, word0 = lane % kLanes;
   // Whether channel c of the group exists; all do where the words that are staged divide the channels.
@@ -48,6 +51,34 @@ __device__ __forceinline__ void load_tile(unsigned* tile, const RowSource& a, in
     return RT_CHANNELS % (RT_WORDS * kPerWord) == 0 || first_channel + c < RT_CHANNELS;
   };
   const long long next_channel = TCONV_CHANNELS_LAST ? 1 : a.plane;
+  const bool copies = kPerWord == 1 || (TCONV_CHANNELS_LAST && RT_CHANNELS % 2 == 0 && a.wide);
+
+  // The tail's reads go out first; where they pass through registers, they are stored behind everything else.
+  storage_t tail[kTail > 0 ? kTailTurns : 1][2];
+  const auto each_of_tail = [&](auto&& take) {
+#pragma unroll
+    for (int turn = 0; turn < (kTail > 0 ? kTailTurns : 0); ++turn) {
+      const int e = turn * kThreadsOfTile + threadIdx.x;
+      const int word = e % RT_WORDS, x = RT_COLUMNS - kTail + e / RT_WORDS % (kTail > 0 ? kTail : 1),
+                row = e / RT_WORDS / (kTail > 0 ? kTail : 1);
+      if (e < kRows * RT_WORDS * kTail) take(turn, word, x, row, tile + word * RT_PLANE + row * RT_PITCH + x);
+    }
+  };
+  each_of_tail([&](int turn, int word, int x, int row, unsigned* to) {
+    const int d = d0 + rt_rows_d[row / RT_NH], h = h0 + rt_rows_h[row % RT_NH];
+    const bool valid =
+        (unsigned)d < (unsigned)a.depth && (unsigned)h < (unsigned)a.height && (unsigned)(w0 + x) < (unsigned)a.width;
+    const storage_t* from = a.source + (((long long)d * a.height + h) * a.width + w0 + x) * kStep +
+                            (first_channel + word * kPerWord) * next_channel;
+    if (copies) {
+      copy_async_4(to, from, valid && exists(word * kPerWord));
+    } else {
+      tail[turn][0] = tail[turn][1] = storage_t{};
+      if (valid && exists(word * 2)) tail[turn][0] = from[0];
+      if (valid && exists(word * 2 + 1)) tail[turn][1] = from[next_channel];
+    }
+  });
+
 #pragma unroll 1
   for (int row = warp; row < kRows; row += RT_WARPS) {
     const int d = d0 + rt_rows_d[row / RT_NH], h = h0 + rt_rows_h[row % RT_NH];
@@ -56,14 +87,13 @@ __device__ __forceinline__ void load_tile(unsigned* tile, const RowSource& a, in
     const storage_t* from_row =
         a.source + (((long long)d * a.height + h) * a.width + w0 + x0) * kStep + first_channel * next_channel;
     unsigned* to_row = tile + row * RT_PITCH + x0;
-#pragma unroll(RT_WORDS / kLanes <= 8 ? RT_WORDS / kLanes : 2)
-    for (int first = 0; first < RT_WORDS; first += kLanes) {
-      const int word = first + word0;
-      if (RT_WORDS % kLanes != 0 && word >= RT_WORDS) break;
-      const storage_t* from = from_row + word * kPerWord * next_channel;
-      unsigned* to = to_row + word * RT_PLANE;
-      const bool copies = kPerWord == 1 || (TCONV_CHANNELS_LAST && RT_CHANNELS % 2 == 0 && a.wide);
-      if (copies) {
+    if (copies) {
+#pragma unroll(kTurns <= 8 ? kTurns : 2)
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int word = turn * kLanes + word0;
+        if (RT_WORDS % kLanes != 0 && word >= RT_WORDS) break;
+        const storage_t* from = from_row + word * kPerWord * next_channel;
+        unsigned* to = to_row + word * RT_PLANE;
 #pragma unroll(8)
         for (int i = 0; i < kSpans; ++i) {
           const int x = i * kLaneColumns;
@@ -71,44 +101,33 @@ __device__ __forceinline__ void load_tile(unsigned* tile, const RowSource& a, in
             copy_async_4(to + x, from + x * kStep,
                          (unsigned)(w0 + x0 + x) < (unsigned)width && exists(word * kPerWord));
         }
-      } else {
-#pragma unroll 1
-        for (int begin = 0; begin < kSpans; begin += kBatch) {
-          storage_t low[kBatch], high[kBatch];
+      }
+    } else {
+#pragma unroll(kUnits <= 16 ? 2 : 1)
+      for (int begin = 0; begin < kUnits; begin += kBatch) {
+        storage_t low[kBatch], high[kBatch];
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            const int x = (begin + i) * kLaneColumns;
-            const bool valid = x0 + x < RT_COLUMNS - kTail && (unsigned)(w0 + x0 + x) < (unsigned)width;
-            low[i] = high[i] = storage_t{};
-            if (valid && exists(word * 2)) low[i] = from[x * kStep];
-            if (valid && exists(word * 2 + 1)) high[i] = from[x * kStep + next_channel];
-          }
+        for (int i = 0; i < kBatch; ++i) {
+          const int word = (begin + i) / kSpans * kLanes + word0, x = (begin + i) % kSpans * kLaneColumns;
+          const bool valid = x0 + x < RT_COLUMNS - kTail && (unsigned)(w0 + x0 + x) < (unsigned)width &&
+                             (kUnits % kBatch == 0 || begin + i < kUnits) &&
+                             (RT_WORDS % kLanes == 0 || word < RT_WORDS);
+          const storage_t* from = from_row + word * kPerWord * next_channel + x * kStep;
+          low[i] = high[i] = storage_t{};
+          if (valid && exists(word * 2)) low[i] = from[0];
+          if (valid && exists(word * 2 + 1)) high[i] = from[next_channel];
+        }
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            const int x = (begin + i) * kLaneColumns;
-            if (x0 + x < RT_COLUMNS - kTail) to[x] = pack_words(low[i], high[i]);
-          }
+        for (int i = 0; i < kBatch; ++i) {
+          const int word = (begin + i) / kSpans * kLanes + word0, x = (begin + i) % kSpans * kLaneColumns;
+          if (x0 + x < RT_COLUMNS - kTail && (kUnits % kBatch == 0 || begin + i < kUnits) &&
+              (RT_WORDS % kLanes == 0 || word < RT_WORDS))
+            to_row[word * RT_PLANE + x] = pack_words(low[i], high[i]);
         }
       }
     }
   }
-  if (kTail == 0) return;
-#pragma unroll 2
-  for (int e = warp * 32 + lane; e < kRows * RT_WORDS * kTail; e += (32 * RT_WARPS)) {
-    const int word = e % RT_WORDS, x = RT_COLUMNS - kTail + e / RT_WORDS % kTail, row = e / RT_WORDS / kTail;
-    const int d = d0 + rt_rows_d[row / RT_NH], h = h0 + rt_rows_h[row % RT_NH];
-    const bool valid =
-        (unsigned)d < (unsigned)a.depth && (unsigned)h < (unsigned)a.height && (unsigned)(w0 + x) < (unsigned)a.width;
-    const storage_t* from = a.source + (((long long)d * a.height + h) * a.width + w0 + x) * kStep +
-                            (first_channel + word * kPerWord) * next_channel;
-    unsigned* to = tile + word * RT_PLANE + row * RT_PITCH + x;
-    if (kPerWord == 1) {
-      copy_async_4(to, from, valid && exists(word * kPerWord));
-    } else {
-      storage_t low{}, high{};
-      if (valid && exists(word * 2)) low = from[0];
-      if (valid && exists(word * 2 + 1)) high = from[next_channel];
-      *to = pack_words(low, high);
-    }
+  if (!copies) {
+    each_of_tail([&](int turn, int, int, int, unsigned* to) { *to = pack_words(tail[turn][0], tail[turn][1]); });
   }
 }

@@ -28,11 +28,11 @@ struct RowTile {
 };
 
 // `step` source positions per position of the lattice, which a tile covers block_m of; `offset`: where taps read, relative
-// to a position. Planes of `words` words of channels lie `residue` words apart modulo 32 (0: as they come). Prefers two or
-// more blocks a multiprocessor, with other_bytes of shared memory beside the tile.
+// to a position. Planes of `words` words of channels lie `residue` words apart modulo 32 (0: as they come). `width` is that
+// of the tile, 0: the best. Prefers two or more blocks a multiprocessor, with other_bytes of shared memory beside the tile.
 RowTile row_tile(const Problem& problem, const Device& device, int block_m, const std::int64_t (&lattice)[3],
                  const int (&step)[3], const std::vector<int> (&offset)[3], int words, int residue,
-                 std::size_t other_bytes);
+                 std::size_t other_bytes, int width = 0);
 
 // The definitions that row_tile.cuh reads; `channels`: of a group in the source.
 std::string row_tile_text(const RowTile& tile, int channels, int words, int warps);
