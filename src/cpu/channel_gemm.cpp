@@ -31,7 +31,7 @@ constexpr int64_t kWeightBytes = 128 << 10;
 template <class S>
 struct Buffers {
   S *staged, *sums, *line, **at;
-  int64_t *offset, *position, *run_v, *run_b;
+  int64_t *offset, *position, *place, *run_v, *run_b;
   int64_t bytes;
 };
 
@@ -57,11 +57,20 @@ Buffers<S> carve(const ChannelGemmTask& task, void* scratch) {
   buffers.at = static_cast<S**>(take(positions * static_cast<int64_t>(sizeof(S*))));
   buffers.offset = indices(positions);
   buffers.position = indices(positions);
+  buffers.place = indices(positions);
   buffers.run_v = indices(task.num_taps);
   buffers.run_b = indices(task.num_taps);
   buffers.bytes = used;
   return buffers;
 }
+
+// Where the results of one phase and one block of channels go.
+struct Results {
+  int64_t c0, count;  // result channels
+  int64_t shift;      // positions from a result of phase 0 to this phase's
+  int64_t inside[3];  // of the tile's positions, those whose result lies inside the tensor
+  bool all;
+};
 
 // One tile of one item.
 template <class S>
@@ -154,7 +163,7 @@ struct Work {
     }
   }
 
-  // Where each position of the grid is in the box, and where its result of phase 0 is in the tensor.
+  // Where each position of the grid is in the box, in the tile, and where its result of phase 0 is in the tensor.
   void find_positions() {
     int64_t at = 0;
     for (int64_t sample = 0; sample < samples; ++sample)
@@ -170,6 +179,7 @@ struct Work {
                                     step[1] * (q0[1] + h)) *
                                        task.result_size[2] +
                                    step[2] * (q0[2] + w);
+            buffers.place[at] = d << 40 | h << 20 | w;
           }
   }
 
@@ -184,12 +194,14 @@ struct Work {
     return ((at[0] * box[1] + at[1]) * box[2] + at[2] % step * split + at[2] / step) * task.pitch;
   }
 
-  // Sums of one phase and one block of `vectors` for all positions. The weights' windows follow each other.
-  void multiply(const S* weight, int phase, int vectors, const S* start, int64_t positions) {
+  // Results of one phase and one block of `vectors` for all positions. The weights' windows follow each other.
+  void multiply(const S* weight, int phase, int vectors, const S* start, int64_t positions, const Results& results) {
     const int64_t first_tap = task.phase_taps[phase], window = task.phase_window[phase];
     const int64_t words = task.phase_words[phase], windows = (task.phase_taps[phase + 1] - first_tap) / window;
     const int64_t width = vectors * kLanes<S>;
     for (int64_t i = 0; i < positions; ++i) buffers.at[i] = buffers.sums + i * width;
+    S* single[kMostRows];  // sums of a single pass are stored before the next tile's
+    for (int i = 0; i < kMostRows; ++i) single[i] = buffers.sums + i * width;
     ChannelTile<S> tile{};
     tile.v_step = width;
     tile.b_step = task.word_step;
@@ -197,7 +209,7 @@ struct Work {
                          : vectors == 2 ? rows_for(2)
                          : vectors == 3 ? rows_for(3)
                                         : rows_for(4);
-    auto product = [&](int64_t first, int64_t last, int64_t k0, int64_t k1, const S* begin) {
+    auto product = [&](int64_t first, int64_t last, int64_t k0, int64_t k1, const S* begin, bool end) {
       for (int64_t i = first; i < last; ++i) {
         buffers.run_v[i - first] = i * words * width;
         buffers.run_b[i - first] = tap_offset(first_tap + i * window);
@@ -213,27 +225,30 @@ struct Work {
         const int64_t left = positions - at;  // the last two tiles share what is left
         const int height = static_cast<int>(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
         tile.offset = buffers.offset + at;
-        tile.sums = buffers.at + at;
+        tile.sums = begin && end ? single : buffers.at + at;
         function(height, vectors)(tile);
+        if (end) store_rows(results, tile.sums, at, height);
         at += height;
       }
     };
     const int64_t window_bytes = words * width * static_cast<int64_t>(sizeof(S));
-    if (windows == 0) return product(0, 0, 0, 0, start);
+    if (windows == 0) return product(0, 0, 0, 0, start, true);
     if (window_bytes <= kWeightBytes) {
       const int64_t parts = (windows * window_bytes + kWeightBytes - 1) / kWeightBytes;
       for (int64_t part = 0; part < parts; ++part)
-        product(part * windows / parts, (part + 1) * windows / parts, 0, words, part == 0 ? start : nullptr);
+        product(part * windows / parts, (part + 1) * windows / parts, 0, words, part == 0 ? start : nullptr,
+                part + 1 == parts);
       return;
     }
     const int64_t parts = (window_bytes + kWeightBytes - 1) / kWeightBytes;
     for (int64_t at = 0; at < windows; ++at)
       for (int64_t part = 0; part < parts; ++part)
-        product(at, at + 1, part * words / parts, (part + 1) * words / parts, at + part == 0 ? start : nullptr);
+        product(at, at + 1, part * words / parts, (part + 1) * words / parts, at + part == 0 ? start : nullptr,
+                at + 1 == windows && part + 1 == parts);
   }
 
   // The same where a weight is not finite: each position with the taps that lie inside the source.
-  void multiply_exactly(const S* weight, int phase, int vectors, const S* start) {
+  void multiply_exactly(const S* weight, int phase, int vectors, const S* start, const Results& results) {
     const int64_t first_tap = task.phase_taps[phase], last_tap = task.phase_taps[phase + 1];
     const int64_t width = vectors * kLanes<S>;
     ChannelTile<S> tile{};
@@ -263,14 +278,15 @@ struct Work {
         buffers.run_v[tile.runs] = (tap - first_tap) * task.rows * width;
         buffers.run_b[tile.runs++] = tap_offset(tap);
       }
-      S* sums = buffers.sums + at * width;
+      S* sums = buffers.sums;
+      tile.sums = &sums;
       if (task.word_step == 2) {
         multiply_singly(weight, phase, buffers.offset[at], tile.runs, width, start, sums);
-        continue;
+      } else {
+        tile.offset = buffers.offset + at;
+        function(1, vectors)(tile);
       }
-      tile.offset = buffers.offset + at;
-      tile.sums = &sums;
-      function(1, vectors)(tile);
+      store_rows(results, tile.sums, at, 1);
     }
   }
 
@@ -296,34 +312,42 @@ struct Work {
     }
   }
 
-  // Applies the operations to the sums of result channels [c0, c0 + count) and stores them.
-  void store_phase(const int64_t* phase, int64_t c0, int64_t count, int64_t width) {
-    const int64_t channels = task.groups * task.m;
-    const int64_t shift = (phase[0] * task.result_size[1] + phase[1]) * task.result_size[2] + phase[2];
-    int64_t inside[3];
+  Results results_of(const int64_t* phase, int64_t c0, int64_t count) const {
+    Results results{c0, count, 0, {}, true};
+    results.shift = (phase[0] * task.result_size[1] + phase[1]) * task.result_size[2] + phase[2];
     for (int dim = 0; dim < 3; ++dim) {
       const int64_t left = task.result_size[dim] - phase[dim] - task.result_step[dim] * q0[dim];
-      inside[dim] = left <= 0 ? 0 : min_of(n[dim], (left + task.result_step[dim] - 1) / task.result_step[dim]);
+      results.inside[dim] = left <= 0 ? 0 : min_of(n[dim], (left + task.result_step[dim] - 1) / task.result_step[dim]);
+      results.all = results.all && results.inside[dim] == n[dim];
     }
-    for (int64_t sample = 0; sample < samples; ++sample)
-      for (int64_t d = 0; d < inside[0]; ++d)
-        for (int64_t h = 0; h < inside[1]; ++h)
-          for (int64_t w = 0; w < inside[2]; ++w) {
-            const int64_t at = ((sample * n[0] + d) * n[1] + h) * n[2] + w;
-            const int64_t index = (buffers.position[at] + shift) * channels + c0;
-            S* row = buffers.sums + at * width;
-            for (int i = 0; i < task.num_ops; ++i) {
-              const PhaseOp& op = task.ops[i];
-              const S* operand = nullptr;
-              if (op.operand == OperandKind::channel) operand = static_cast<const S*>(op.values) + c0;
-              if (op.operand == OperandKind::tensor) {
-                load_row(op.values, task.dtype, index, count, buffers.line);
-                operand = buffers.line;
-              }
-              apply_pointwise<S>(op.kind, static_cast<S>(op.a), static_cast<S>(op.b), operand, 1, row, count);
-            }
-            store_row(row, task.result, task.result_dtype, index, count);
-          }
+    return results;
+  }
+
+  // Applies the operations to the sums of positions [first, first + rows) and stores them, right after their products:
+  // storing a whole tile at once left the core waiting for memory, 9 % of the time of SAM's layer.
+  void store_rows(const Results& results, S* const* sums, int64_t first, int rows) {
+    const int64_t channels = task.groups * task.m;
+    for (int r = 0; r < rows; ++r) {
+      if (!results.all) {
+        const int64_t place = buffers.place[first + r], mask = (1 << 20) - 1;
+        if (place >> 40 >= results.inside[0] || (place >> 20 & mask) >= results.inside[1] ||
+            (place & mask) >= results.inside[2])
+          continue;
+      }
+      const int64_t index = (buffers.position[first + r] + results.shift) * channels + results.c0;
+      S* row = sums[r];
+      for (int i = 0; i < task.num_ops; ++i) {
+        const PhaseOp& op = task.ops[i];
+        const S* operand = nullptr;
+        if (op.operand == OperandKind::channel) operand = static_cast<const S*>(op.values) + results.c0;
+        if (op.operand == OperandKind::tensor) {
+          load_row(op.values, task.dtype, index, results.count, buffers.line);
+          operand = buffers.line;
+        }
+        apply_pointwise<S>(op.kind, static_cast<S>(op.a), static_cast<S>(op.b), operand, 1, row, results.count);
+      }
+      store_row(row, task.result, task.result_dtype, index, results.count);
+    }
   }
 
   void run(int64_t first_block, int64_t last_block) {
@@ -351,11 +375,11 @@ struct Work {
         for (phase[1] = 0; phase[1] < task.result_step[1]; ++phase[1])
           for (phase[2] = 0; phase[2] < task.result_step[2]; ++phase[2], ++index) {
             const S* words = weight + v0 * kLanes<S> * task.words + task.phase_first[index] * width;
+            const Results results = results_of(phase, c0, count);
             if (exactly)
-              multiply_exactly(words, index, vectors, start);
+              multiply_exactly(words, index, vectors, start, results);
             else
-              multiply(words, index, vectors, start, positions);
-            store_phase(phase, c0, count, width);
+              multiply(words, index, vectors, start, positions, results);
           }
     }
   }
@@ -381,35 +405,76 @@ void run_typed(const ChannelGemmTask& task, int64_t item, void* scratch) {
 
 // One block of a group's result channels; those behind the last are zero.
 template <class S>
+struct PackBlock {
+  const ChannelPackTask& task;
+  S* out;
+  int64_t first, lanes, width;  // the block's first weight; result channels that exist, and with those that do not
+  Vec<S> nothing;
+
+  // A vector of result channels for each word: 16 taps (AVX-512) at a time, transposed.
+  void by_vectors() {
+    constexpr int64_t kBlock = kLanes<S>, kUnit = kPairs && sizeof(S) == sizeof(float) ? 2 : 1;
+    for (int64_t k = 0; k < task.k; k += kUnit)
+      for (int64_t tap = 0; tap < task.taps; tap += kBlock) {
+        const int64_t n = min_of(kBlock, task.taps - tap);
+        for (int64_t l = 0; l < width; l += kBlock) {
+          Vec<S> v[kBlock] = {};
+          for (int64_t i = 0; i < min_of(kBlock, lanes - l); ++i) {
+            const int64_t index = first + k * task.k_stride + (l + i) * task.m_stride + tap;
+            v[i] = load_lanes<S>(task.weight, task.dtype, index, n);
+            nothing += v[i] * S(0);
+            if constexpr (kUnit == 2) {  // as fp32, a bf16 is its own high half
+              typedef uint32_t VecU __attribute__((vector_size(kVecBytes)));
+              const VecF high = load_lanes<S>(task.weight, task.dtype, index + task.k_stride, n);
+              nothing += high * S(0);
+              v[i] = bits_of<VecF>(bits_of<VecU>(v[i]) >> 16 | bits_of<VecU>(high));
+            }
+          }
+          transpose_block<S>(v);
+          for (int64_t t = 0; t < n; ++t) store(out + (task.tap_value[tap + t] + k) / kUnit * width + l, v[t]);
+        }
+      }
+  }
+
+  // Value by value, where an odd number of channels lets a word hold values of two taps.
+  void by_values() {
+    memset(out, 0, static_cast<size_t>(task.words * width) * sizeof(S));
+    constexpr int64_t kPiece = 64;
+    S values[kPiece + kLanes<S>];
+    for (int64_t k = 0; k < task.k; ++k)
+      for (int64_t l = 0; l < lanes; ++l)
+        for (int64_t tap = 0; tap < task.taps; tap += kPiece) {
+          const int64_t n = min_of(kPiece, task.taps - tap);
+          load_row(task.weight, task.dtype, first + k * task.k_stride + l * task.m_stride + tap, n, values);
+          for (int64_t t = n; t < round_up(n, kLanes<S>); ++t) values[t] = S(0);
+          for (int64_t t = 0; t < n; t += kLanes<S>) nothing += load(values + t) * S(0);
+          for (int64_t t = 0; t < n; ++t) {
+            const int64_t value = task.tap_value[tap + t] + k;
+            uint32_t word;
+            memcpy(&word, values + t, sizeof word);
+            const uint16_t bits = static_cast<uint16_t>(word >> 16);
+            memcpy(reinterpret_cast<char*>(out + value / 2 * width + l) + value % 2 * 2, &bits, sizeof bits);
+          }
+        }
+  }
+};
+
+template <class S>
 bool pack_typed(const ChannelPackTask& task, int64_t item) {
   const int64_t vectors = (task.m + kLanes<S> - 1) / kLanes<S>, blocks = channel_blocks(vectors, kMostVectors);
   const int64_t group = item / blocks, v0 = item % blocks * vectors / blocks, m0 = v0 * kLanes<S>;
-  const int64_t width = ((item % blocks + 1) * vectors / blocks - v0) * kLanes<S>, lanes = min_of(width, task.m - m0);
-  S* out = static_cast<S*>(task.packed) + (group * vectors + v0) * kLanes<S> * task.words;
-  memset(out, 0, static_cast<size_t>(task.words * width) * sizeof(S));
-  constexpr int64_t kPiece = 64;
-  S values[kPiece + kLanes<S>];
-  Vec<S> nothing{};
-  for (int64_t k = 0; k < task.k; ++k)
-    for (int64_t l = 0; l < lanes; ++l)
-      for (int64_t tap = 0; tap < task.taps; tap += kPiece) {
-        const int64_t n = min_of(kPiece, task.taps - tap);
-        const int64_t index = group * task.k * task.m * task.taps + k * task.k_stride + (m0 + l) * task.m_stride + tap;
-        load_row(task.weight, task.dtype, index, n, values);
-        for (int64_t t = n; t < round_up(n, kLanes<S>); ++t) values[t] = S(0);
-        for (int64_t t = 0; t < n; t += kLanes<S>) nothing += load(values + t) * S(0);
-        const int64_t* at = task.tap_value + tap;
-        if constexpr (kPairs && sizeof(S) == sizeof(float)) {
-          for (int64_t t = 0; t < n; ++t) {
-            const int64_t value = at[t] + k;
-            const uint16_t bits = static_cast<uint16_t>(bits_of<uint32_t>(values[t]) >> 16);
-            memcpy(reinterpret_cast<char*>(out + value / 2 * width + l) + value % 2 * 2, &bits, sizeof bits);
-          }
-        } else {
-          for (int64_t t = 0; t < n; ++t) out[(at[t] + k) * width + l] = values[t];
-        }
-      }
-  return reduce<S>(nothing) == 0;
+  const int64_t width = ((item % blocks + 1) * vectors / blocks - v0) * kLanes<S>;
+  PackBlock<S> block{task,
+                     static_cast<S*>(task.packed) + (group * vectors + v0) * kLanes<S> * task.words,
+                     group * task.k * task.m * task.taps + m0 * task.m_stride,
+                     min_of(width, task.m - m0),
+                     width,
+                     {}};
+  if (kPairs && task.k % 2 != 0)
+    block.by_values();
+  else
+    block.by_vectors();
+  return reduce<S>(block.nothing) == 0;
 }
 
 bool pack(const ChannelPackTask& task, int64_t item) {

@@ -332,7 +332,16 @@ TCONV_INLINE void store_row(const float* src, void* dst, DType dtype, int64_t in
     return;
   }
   uint16_t* to = static_cast<uint16_t*>(dst) + index;
-  for (int64_t i = 0; i < n; i += kLanes<float>) {
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  if (dtype == DType::bf16)
+    for (; i + 2 * kLanes<float> <= n; i += 2 * kLanes<float>) {  // a whole vector of results
+      const __m512bh both =
+          _mm512_cvtne2ps_pbh(bits_of<__m512>(load(src + i + kLanes<float>)), bits_of<__m512>(load(src + i)));
+      memcpy(to + i, &both, sizeof both);
+    }
+#endif
+  for (; i < n; i += kLanes<float>) {
     const VecH h = dtype == DType::f16 ? to_half(load(src + i)) : to_bfloat(load(src + i));
     if (i + kLanes<float> <= n)
       memcpy(to + i, &h, sizeof h);
