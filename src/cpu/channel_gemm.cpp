@@ -3,9 +3,10 @@
 // Computes  forward and grad_input of channels_last tensors, any rank, parameters, groups and dtype; with pre-activation,
 //           bias and the pointwise operations in front of a normalisation.
 // Method    A tile's source is copied once as [position][channel] with zeros outside; nothing is transposed, on no side.
+//           Where no tap reads beyond the source its words are multiplied where they are, without a copy.
 //           Register tile: positions by vectors of result channels; a position's source channels are broadcast, weights
-//           are packed [tap][k][channel]. As many taps and channels as weights stay in the first cache level run over all
-//           positions of the tile, whose sums are kept in the second. Any positions fill a register tile: each has its own
+//           are packed [tap][k][channel]. As many taps and channels as weights stay in the second cache level run over
+//           all positions of the tile; results are stored behind each register tile of the last run. Any positions fill a register tile: each has its own
 //           offset. For avx512_bf16 a pair of source channels is a word of the tensor as it is. Depthwise layers have
 //           their channels along the vectors of both sides, and an item is a block of channels.
 //           Taps of few source channels are joined along the columns: channel_gemm.h says how.
@@ -78,6 +79,48 @@ struct Work {
   const ChannelGemmTask& task;
   Buffers<S> buffers;
   int64_t group, b, samples, q0[3], n[3], box[3];
+  int64_t first_block, last_block;
+  // The item that this thread probably takes next: its source comes to the second cache level while this one is
+  // multiplied. SAM's layer: 5.1 ms, 4.8 with that and no staging, 6.7 without either.
+  Work* next = nullptr;
+  int64_t ahead_row = 0, ahead_at = 0, ahead_lines = 0;
+
+  Work(const ChannelGemmTask& the_task, const Buffers<S>& the_buffers, int64_t item)
+      : task(the_task), buffers(the_buffers) {
+    const int64_t chunk = item % task.m_chunks;
+    item /= task.m_chunks;
+    for (int dim = 2; dim >= 0; --dim) {
+      q0[dim] = item % task.tiles[dim + 1] * task.tile[dim];
+      n[dim] = min_of(task.tile[dim], task.grid[dim] - q0[dim]);
+      box[dim] = task.source_step[dim] * (n[dim] + task.range[dim]);
+      item /= task.tiles[dim + 1];
+    }
+    group = item % task.groups;
+    b = item / task.groups * task.samples;
+    samples = min_of(task.samples, task.batch - b);
+    first_block = chunk * task.m_chunk;
+    last_block = min_of(channel_blocks(task.vectors, kMostVectors), first_block + task.m_chunk);
+  }
+
+  // Prefetches the next lines of this item's source; call it again until it returns false.
+  bool prefetch(int64_t lines) {
+    const int64_t bytes = task.source_channels * static_cast<int64_t>(size_of(task.dtype));
+    for (; ahead_row < samples * box[0] * box[1]; ++ahead_row, ahead_at = 0) {
+      const int64_t h = ahead_row % box[1], d = ahead_row / box[1] % box[0];
+      const int64_t sd = task.source_step[0] * (q0[0] + task.first_shift[0]) + d;
+      const int64_t sh = task.source_step[1] * (q0[1] + task.first_shift[1]) + h;
+      const int64_t first = task.source_step[2] * (q0[2] + task.first_shift[2]), lo = first < 0 ? 0 : first;
+      const int64_t hi = min_of(first + box[2], task.source_size[2]), *size = task.source_size;
+      if (!task.used[0][d] || !task.used[1][h] || sd < 0 || sd >= size[0] || sh < 0 || sh >= size[1]) continue;
+      const char* row = static_cast<const char*>(task.source) +
+                        (((b + ahead_row / (box[0] * box[1])) * size[0] + sd) * size[1] + sh) * size[2] * bytes;
+      for (; ahead_at < (hi - lo) * bytes; ahead_at += 64) {
+        if (lines-- == 0) return true;
+        __builtin_prefetch(row + lo * bytes + ahead_at, 0, 2);
+      }
+    }
+    return false;
+  }
 
   // A word for every value of a position, itself and the one that follows; rows are contiguous in a tensor of one group.
   // Returns whether all values are finite: a window of odd length multiplies one beyond its end by zero.
@@ -123,15 +166,13 @@ struct Work {
     return true;
   }
 
-  // Words [channel, channel + channels) of each position. Also where every tap reads its position alone (kernel = stride):
-  // multiplying the tensor's own words there took 6.7 ms instead of 5.9 for SAM's layer; its reads are not foreseen.
+  // Words [channel, channel + channels) of each position.
   void stage(int64_t channel, int64_t channels) {
-    const int64_t unit = kPairs && sizeof(S) == sizeof(float) ? 2 : 1;
     ChannelBox source{};
     source.source = task.source;
-    source.dtype = unit == 2 ? DType::f32 : task.dtype;
+    source.dtype = kUnit == 2 ? DType::f32 : task.dtype;
     source.layout = Layout::channels_last;
-    source.channels = task.source_channels / unit;
+    source.channels = source_words();
     source.size = task.source_size;
     source.channel = channel;
     source.n = channels;
@@ -170,10 +211,18 @@ struct Work {
       for (int64_t d = 0; d < n[0]; ++d)
         for (int64_t h = 0; h < n[1]; ++h)
           for (int64_t w = 0; w < n[2]; ++w, ++at) {
-            buffers.offset[at] =
-                (((sample * box[0] + d * task.source_step[0]) * box[1] + h * task.source_step[1]) * box[2] +
-                 (task.windows ? w * task.source_step[2] : w)) *
-                task.pitch;
+            if (task.direct) {
+              const int64_t *step = task.source_step, *size = task.source_size;
+              buffers.offset[at] =
+                  ((((b + sample) * size[0] + step[0] * (q0[0] + d)) * size[1] + step[1] * (q0[1] + h)) * size[2] +
+                   step[2] * (q0[2] + w)) *
+                  source_words();
+            } else {
+              buffers.offset[at] =
+                  (((sample * box[0] + d * task.source_step[0]) * box[1] + h * task.source_step[1]) * box[2] +
+                   (task.windows ? w * task.source_step[2] : w)) *
+                  task.pitch;
+            }
             const int64_t* step = task.result_step;
             buffers.position[at] = (((b + sample) * task.result_size[0] + step[0] * (q0[0] + d)) * task.result_size[1] +
                                     step[1] * (q0[1] + h)) *
@@ -189,7 +238,19 @@ struct Work {
     return channel_tile_function<S>(rows, vectors);
   }
 
+  static constexpr int64_t kUnit = kPairs && sizeof(S) == sizeof(float) ? 2 : 1;  // values of a word
+  int64_t source_words() const { return task.source_channels / kUnit; }
+  const S* scalars() const {
+    return task.direct ? static_cast<const S*>(task.source) + group * task.rows : buffers.staged;
+  }
+
   int64_t tap_offset(int64_t tap) const {
+    if (task.direct) {
+      int64_t column[3];
+      for (int dim = 0; dim < 3; ++dim)
+        column[dim] = task.source_step[dim] * task.first_shift[dim] + task.tap_source[3 * tap + dim];
+      return ((column[0] * task.source_size[1] + column[1]) * task.source_size[2] + column[2]) * source_words();
+    }
     const int64_t *at = task.tap_source + 3 * tap, step = task.windows ? 1 : task.source_step[2], split = box[2] / step;
     return ((at[0] * box[1] + at[1]) * box[2] + at[2] % step * split + at[2] / step) * task.pitch;
   }
@@ -215,7 +276,7 @@ struct Work {
         buffers.run_b[i - first] = tap_offset(first_tap + i * window);
       }
       tile.vector = weight + k0 * width;
-      tile.scalar = buffers.staged + k0 * task.word_step;
+      tile.scalar = scalars() + k0 * task.word_step;
       tile.run_v = buffers.run_v;
       tile.run_b = buffers.run_b;
       tile.runs = last - first;
@@ -228,6 +289,7 @@ struct Work {
         tile.sums = begin && end ? single : buffers.at + at;
         function(height, vectors)(tile);
         if (end) store_rows(results, tile.sums, at, height);
+        if (next && !next->prefetch(next->ahead_lines)) next = nullptr;
         at += height;
       }
     };
@@ -255,7 +317,7 @@ struct Work {
     tile.v_step = width;
     tile.b_step = 1;
     tile.vector = weight;
-    tile.scalar = buffers.staged;
+    tile.scalar = scalars();
     tile.run_v = buffers.run_v;
     tile.run_b = buffers.run_b;
     tile.n = task.rows;
@@ -350,11 +412,18 @@ struct Work {
     }
   }
 
-  void run(int64_t first_block, int64_t last_block) {
+  void run(Work* next_item) {
+    next = next_item;
+    if (next) {  // spread over its register tiles, of 6 positions or a few more
+      int64_t bytes = next->samples * task.source_channels * static_cast<int64_t>(size_of(task.dtype));
+      int64_t results = samples * (last_block - first_block);
+      for (int dim = 0; dim < 3; ++dim) bytes *= next->box[dim], results *= n[dim] * task.result_step[dim];
+      next->ahead_lines = 1 + bytes / 64 * 7 / (results > 0 ? results : 1);
+    }
     bool exactly = task.masked;
     if (task.word_step == 2)
       exactly |= !stage_values();
-    else if (!task.depthwise)
+    else if (!task.depthwise && !task.direct)
       stage(group * task.rows, task.rows);
     find_positions();
     const int64_t blocks = channel_blocks(task.vectors, kMostVectors), positions = samples * n[0] * n[1] * n[2];
@@ -387,20 +456,10 @@ struct Work {
 
 template <class S>
 void run_typed(const ChannelGemmTask& task, int64_t item, void* scratch) {
-  Work<S> work{task, carve<S>(task, scratch), 0, 0, 0, {}, {}, {}};
-  const int64_t chunk = item % task.m_chunks;
-  item /= task.m_chunks;
-  for (int dim = 2; dim >= 0; --dim) {
-    work.q0[dim] = item % task.tiles[dim + 1] * task.tile[dim];
-    work.n[dim] = min_of(task.tile[dim], task.grid[dim] - work.q0[dim]);
-    work.box[dim] = task.source_step[dim] * (work.n[dim] + task.range[dim]);
-    item /= task.tiles[dim + 1];
-  }
-  work.group = item % task.groups;
-  work.b = item / task.groups * task.samples;
-  work.samples = min_of(task.samples, task.batch - work.b);
-  const int64_t blocks = channel_blocks(task.vectors, kMostVectors);
-  work.run(chunk * task.m_chunk, min_of(blocks, (chunk + 1) * task.m_chunk));
+  const Buffers<S> buffers = carve<S>(task, scratch);
+  Work<S> work(task, buffers, item), next(task, buffers, min_of(item + task.ahead, task.items - 1));
+  // Of several groups an item reads a part of each position only; whole rows would be too much.
+  work.run(task.groups == 1 && item + task.ahead < task.items ? &next : nullptr);
 }
 
 // One block of a group's result channels; those behind the last are zero.
