@@ -241,7 +241,7 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
                                (index + i * positions + w + box.size[2]) * static_cast<int64_t>(size_of(box.dtype)));
             nothing += v[i] * S(0);
           }
-          if (pitch < kBlock) {
+          if (pitch < kBlock && count < 4) {
             S block[kBlock * kBlock];
             for (int64_t i = 0; i < count; ++i) store(block + i * kBlock, v[i]);
             int64_t phase = w % box.step, at = w / box.step;
@@ -256,7 +256,10 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
           int64_t phase = w % box.step, at = w / box.step;
           for (int64_t j = 0; j < n; ++j) {
             S* to = out + (phase * split + at) * pitch + c;
-            store(to, v[j]);
+            if (pitch < kBlock)
+              store_part(to, v[j], count);
+            else
+              store(to, v[j]);
             if (++phase == box.step) phase = 0, ++at;
           }
         }
