@@ -322,18 +322,29 @@ void run_typed(const ChannelGradWeightTask& task, int64_t item, void* scratch) {
     work.pitch[side] = task.staged_pitch[side];
     item /= task.chunks[side];
   }
-  work.group = item % task.groups;
-  const int64_t part = item / task.groups, v = task.vector_side;
-  const int64_t group_elements = task.channels[1 - v] * task.row_elements;
-  work.partial = static_cast<S*>(task.partial) + part * task.partial_elements + work.group * group_elements;
-  if (task.windows)
-    memset(work.partial + work.first[0] * task.row_elements, 0,
-           static_cast<size_t>(work.count[0] * task.row_elements) * sizeof(S));
-  for (int64_t row = 0; !task.windows && row < work.count[1 - v] * task.num_taps; ++row)
-    memset(work.partial + (work.first[1 - v] * task.num_taps + row) * task.pitch + work.first[v], 0,
-           static_cast<size_t>(round_up(work.count[v], kLanes<S>)) * sizeof(S));
+  const int64_t group_items = task.groups / task.item_groups, g0 = item % group_items * task.item_groups;
+  const int64_t part = item / group_items, o = 1 - task.vector_side;
+  const int64_t group_elements = task.channels[o] * task.row_elements;
+  auto enter = [&](int64_t group) {
+    work.group = group;
+    work.partial = static_cast<S*>(task.partial) + part * task.partial_elements + group * group_elements;
+  };
+  for (int64_t group = g0; group < g0 + task.item_groups; ++group) {
+    enter(group);
+    S* sums = work.partial + work.first[o] * task.row_elements;
+    if (task.windows)
+      memset(sums, 0, static_cast<size_t>(work.count[o] * task.row_elements) * sizeof(S));
+    else
+      for (int64_t row = 0; row < work.count[o] * task.num_taps; ++row)
+        memset(sums + row * task.pitch + work.first[1 - o], 0,
+               static_cast<size_t>(round_up(work.count[1 - o], kLanes<S>)) * sizeof(S));
+  }
   const int64_t last = (part + 1) * task.num_tiles / task.parts;
-  for (int64_t at = part * task.num_tiles / task.parts; at < last; ++at) work.run_tile(at);
+  for (int64_t at = part * task.num_tiles / task.parts; at < last; ++at)
+    for (int64_t group = g0; group < g0 + task.item_groups; ++group) {
+      enter(group);
+      work.run_tile(at);
+    }
 }
 
 // Adds the parts of one input channel's windows and stores each lane where it belongs.

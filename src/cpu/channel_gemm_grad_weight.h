@@ -36,6 +36,7 @@ struct ChannelGradWeightTask {
   const bool* used[2];           // rows of grad_output's box that any tap reads: depth, height
   std::int64_t chunk[2], chunks[2];
   std::int64_t parts, num_tiles;
+  std::int64_t item_groups;      // groups of one item, one after the other for each tile
   std::int64_t staged_pitch[2];  // elements from one staged position to the next
   std::int64_t lanes, pitch;     // channels of the vector side, rounded up to whole vectors
   bool windows;
