@@ -203,6 +203,11 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
       for (int64_t w = 0; w < lo; ++w) memset(out + column(w) * pitch, 0, static_cast<size_t>(pitch) * sizeof(S));
       for (int64_t w = hi; w < width; ++w) memset(out + column(w) * pitch, 0, static_cast<size_t>(pitch) * sizeof(S));
       if (box.layout == Layout::channels_last) {
+        int64_t next = h + 1;
+        while (next < box.extent[1] && box.used[1] && !box.used[1][next]) ++next;
+        const int64_t ahead = next < box.extent[1] ? (next - h) * box.size[2] * box.channels : 0;
+        const int64_t element = static_cast<int64_t>(size_of(box.dtype));
+        const char* fetched = static_cast<const char*>(box.source) + (first + ahead) * element;
         for (int64_t phase = 0; phase < box.step; ++phase) {
           if (box.phase >= 0 && box.phase != phase) continue;
           int64_t w = lo + (phase - lo % box.step + box.step) % box.step;
@@ -229,13 +234,16 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
             }
             continue;
           }
-          for (; w < hi; w += box.step, to += pitch)
+          for (; w < hi; w += box.step, to += pitch) {
+            for (int64_t c = 0; c < box.n * element; c += 64)
+              __builtin_prefetch(fetched + w * box.channels * element + c);
             for (int64_t c = 0; c < box.n; c += kBlock) {
               const int64_t n = box.n - c < kBlock ? box.n - c : kBlock;
               const Vec<S> v = finish(load_lanes<S>(box.source, box.dtype, first + w * box.channels + c, n));
               nothing += v * S(0);
               store(to + c, v);
             }
+          }
         }
         continue;
       }
