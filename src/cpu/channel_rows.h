@@ -62,10 +62,13 @@ void channel_tile(const ChannelTile<S>& tile) {
       }
     }
   }
+  S* sums[Rows];  // read before anything is stored, which could change the table as far as the compiler knows
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) sums[r] = tile.sums[r];
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) store(tile.sums[r] + v * kLanes<S>, sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) store(sums[r] + v * kLanes<S>, sum[r][v]);
 }
 
 template <class S>
