@@ -223,9 +223,13 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   }
   const bool transposed = problem.layout == Layout::contiguous;
   const double pair = target == Isa::avx512_bf16 ? 2 : 1;  // positions in a word
-  const double stage =
-      (positions * static_cast<double>(pitch_of(task, 0)) + raw * static_cast<double>(pitch_of(task, 1))) *
-      ((transposed ? 9.0 : 3.0) + pair - 1) / static_cast<double>(task.lanes);
+  // Blocks of channels are transposed whole, however few of them there are.
+  auto staged = [&](int side) {
+    const bool block = transposed && task.chunk[side] >= 4;
+    return static_cast<double>(block ? std::max(pitch_of(task, side), task.lanes) : pitch_of(task, side));
+  };
+  const double stage = (positions * staged(0) + raw * staged(1)) * ((transposed ? 9.0 : 3.0) + pair - 1) /
+                       static_cast<double>(task.lanes);
   const std::int64_t rows = v == 0 ? task.chunk[o] * task.num_taps : task.chunk[o];
   double products = 0;  // cycles of a position
   for (std::int64_t window = 0; window < task.num_windows; ++window)
