@@ -154,6 +154,7 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   const bool odd = target == Isa::avx512_bf16 && task.k % 2 != 0, joined = are_windows(taps[2], task.source_step[2]);
   task.windows = odd || (joined && !task.depthwise && task.rows <= kFewWords && task.pitch == task.rows);
   task.word_step = odd ? 2 : 1;
+  if (task.windows && task.groups > 1) task.direct = false;  // in the tensor other groups lie between a window's words
   if (odd) task.pitch = task.k;
   task.column_phase = taps[2].front().source_phase;
   for (const DimTap& tap : taps[2])
