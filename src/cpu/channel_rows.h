@@ -205,12 +205,14 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
       }
       for (int64_t w = 0; w < lo; ++w) memset(out + column(w) * pitch, 0, static_cast<size_t>(pitch) * sizeof(S));
       for (int64_t w = hi; w < width; ++w) memset(out + column(w) * pitch, 0, static_cast<size_t>(pitch) * sizeof(S));
+      // The row that is read next, behind the last one the next tile's, comes from memory meanwhile: without that
+      // kernelbench_1_81's gradients took 31 ms instead of 22.
+      int64_t next = h + 1;
+      while (next < box.extent[1] && box.used[1] && !box.used[1][next]) ++next;
+      const int64_t ahead = (next - h) * box.size[2];  // positions
       if (box.layout == Layout::channels_last) {
-        int64_t next = h + 1;
-        while (next < box.extent[1] && box.used[1] && !box.used[1][next]) ++next;
-        const int64_t ahead = next < box.extent[1] ? (next - h) * box.size[2] * box.channels : 0;
         const int64_t element = static_cast<int64_t>(size_of(box.dtype));
-        const char* fetched = static_cast<const char*>(box.source) + (first + ahead) * element;
+        const char* fetched = static_cast<const char*>(box.source) + (first + ahead * box.channels) * element;
         for (int64_t phase = 0; phase < box.step; ++phase) {
           if (box.phase >= 0 && box.phase != phase) continue;
           int64_t w = lo + (phase - lo % box.step + box.step) % box.step;
@@ -277,7 +279,7 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
           for (int64_t i = 0; i < count; ++i) {
             v[i] = finish(load_lanes<S>(box.source, box.dtype, index + i * positions + w, n));
             __builtin_prefetch(static_cast<const char*>(box.source) +
-                               (index + i * positions + w + box.size[2]) * static_cast<int64_t>(size_of(box.dtype)));
+                               (index + i * positions + w + ahead) * static_cast<int64_t>(size_of(box.dtype)));
             nothing += v[i] * S(0);
           }
           if (pitch < kBlock && count < 4) {
