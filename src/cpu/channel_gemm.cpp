@@ -6,9 +6,10 @@
 //           Where no tap reads beyond the source its words are multiplied where they are, without a copy.
 //           Register tile: positions by vectors of result channels; a position's source channels are broadcast, weights
 //           are packed [tap][k][channel]. As many taps and channels as weights stay in the second cache level run over
-//           all positions of the tile; results are stored behind each register tile of the last run. Any positions fill a register tile: each has its own
-//           offset. For avx512_bf16 a pair of source channels is a word of the tensor as it is. Depthwise layers have
-//           their channels along the vectors of both sides, and an item is a block of channels.
+//           all positions of the tile; results are stored behind each register tile of the last run. Any positions fill
+//           a register tile: each has its own offset. For avx512_bf16 a pair of source channels is a word of the tensor
+//           as it is. Depthwise layers have their channels along the vectors of both sides, and an item is a block of
+//           channels.
 //           Taps of few source channels are joined along the columns: channel_gemm.h says how.
 // Refuses   grad_weight, epilogues alone, contiguous tensors; targets above the machine's; f64 mixed with another dtype.
 //           For avx512_bf16 other dtypes, a pre-activation, an odd number of source channels per group of several.
