@@ -636,10 +636,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             if any(b < 0.999 * a for a, b in zip(same, better, strict=True)):
                 line += f"; against its better layout {geometric_mean(better):.2f}x, lowest {min(better):.2f}x"
             lines.append(line)
-    regrets = [part["regret"] for r in rows for part in r.get("regret", {}).values()]
+    regrets = [
+        (part["regret"], f"{r['name']} {r['dtype']} {r['layout']} {direction}, best {part['best']}")
+        for r in rows
+        for direction, part in r.get("regret", {}).items()
+    ]
     if regrets:
+        worst, where = max(regrets)
         lines.append(
-            f"planner regret over {len(regrets)} choices: mean {geometric_mean(regrets):.3f}, worst {max(regrets):.3f}"
+            f"planner regret over {len(regrets)} choices: geometric mean {geometric_mean([r for r, _ in regrets]):.3f},"
+            f" {sum(r > 1.05 for r, _ in regrets)} above 1.05, worst {worst:.3f} ({where})"
         )
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ struct ChannelGemmTask {
   bool depthwise;                    // one channel on both sides of every group: here one group with m of them
   std::int64_t source_channels;      // of the whole tensor
   const void* source;
+  bool direct;  // no tap reads beyond the source, whose words are multiplied where they are
   void* result;
   std::int64_t source_size[3], result_size[3];
   std::int64_t source_step[3], result_step[3];
@@ -37,6 +38,7 @@ struct ChannelGemmTask {
   std::int64_t pitch;                      // staged elements from one position to the next
   std::int64_t vectors;                    // of a group's result channels
   std::int64_t m_chunk, m_chunks;          // blocks of one item
+  std::int64_t items, ahead;               // this many items later comes the one that a thread probably takes next
   // Taps, sorted by result phase
   const int* phase_taps;           // [phase]: first tap; one more entry at the end
   const std::int64_t* tap_source;  // [tap][3]: position in the box of the grid's first position

@@ -137,6 +137,16 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
     task.first_shift[dim] = low;
     task.range[dim] = high - low;
   }
+  // Words as they are: not those of values that are converted, nor a few of a position's many.
+  const bool words =
+      target == Isa::avx512_bf16 ? task.k % 2 == 0 : element == static_cast<std::int64_t>(size_of(problem.dtype));
+  task.direct = words && !task.depthwise && task.rows >= tiling->lanes;
+  for (int dim = 0; dim < 3; ++dim)
+    for (const DimTap& tap : taps[dim]) {
+      const std::int64_t first = task.source_step[dim] * tap.shift + tap.source_phase;
+      const std::int64_t last = first + task.source_step[dim] * (task.grid[dim] - 1);
+      task.direct = task.direct && first >= 0 && last < task.source_size[dim];
+    }
   std::stable_sort(taps[2].begin(), taps[2].end(), [&](const DimTap& a, const DimTap& b) {
     auto column = [&](const DimTap& tap) { return task.source_step[2] * tap.shift + tap.source_phase; };
     return a.result_phase != b.result_phase ? a.result_phase < b.result_phase : column(a) < column(b);
@@ -144,6 +154,7 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   const bool odd = target == Isa::avx512_bf16 && task.k % 2 != 0, joined = are_windows(taps[2], task.source_step[2]);
   task.windows = odd || (joined && !task.depthwise && task.rows <= kFewWords && task.pitch == task.rows);
   task.word_step = odd ? 2 : 1;
+  if (task.windows && task.groups > 1) task.direct = false;  // in the tensor other groups lie between a window's words
   if (odd) task.pitch = task.k;
   task.column_phase = taps[2].front().source_phase;
   for (const DimTap& tap : taps[2])
@@ -331,8 +342,10 @@ void launch_channel_gemm(const Step& step, const Tensors& tensors, Stream stream
   task.ops = operands.ops.data();
   task.num_ops = static_cast<int>(operands.ops.size());
   const std::int64_t scratch_bytes = loops.scratch_bytes(task);
-  parallel_for(task.tiles[0] * task.groups * task.tiles[1] * task.tiles[2] * task.tiles[3] * task.m_chunks, threads,
-               [&](std::int64_t item) { loops.run(task, item, thread_scratch(scratch_bytes)); });
+  task.items = task.tiles[0] * task.groups * task.tiles[1] * task.tiles[2] * task.tiles[3] * task.m_chunks;
+  task.ahead = threads;
+  task.direct = task.direct && task.num_pre == 0;
+  parallel_for(task.items, threads, [&](std::int64_t item) { loops.run(task, item, thread_scratch(scratch_bytes)); });
 }
 
 }  // namespace tconv::cpu

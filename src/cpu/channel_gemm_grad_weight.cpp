@@ -24,8 +24,10 @@ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
-// Vectors of one block that run through the registers while the vector side's run stays in the first cache level.
-constexpr int64_t kRunBytes = 24 << 10;
+// Positions that run through the registers before the next rows do, by blocks of four vectors 48 KB. Half as many, which
+// stay in the first cache level, made runs so short that reading and writing the sums cost more: 13.5 ms instead of 12.9
+// for SAM's layer, 86 instead of 83 for kernelbench_1_69's; three times as many gained nothing.
+constexpr int64_t kRunPositions = 192;
 
 template <class S>
 struct Buffers {
@@ -151,6 +153,25 @@ struct Work {
            pitch[1];
   }
 
+  // Rows of one block of vectors from v0 on, over the runs in the tile.
+  void multiply_rows(ChannelTile<S>& tile, int64_t v0, int vectors, int64_t rows, const int64_t* offset,
+                     S* const* sums) const {
+    const int most = vectors == 1 ? rows_for(1) : vectors == 2 ? rows_for(2) : vectors == 3 ? rows_for(3) : rows_for(4);
+    for (int64_t r = 0; r < rows;) {
+      const int64_t left = rows - r;  // the last two tiles share what is left
+      const int height = static_cast<int>(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
+      S* at[kMostRows];
+      for (int i = 0; i < height; ++i) at[i] = sums[r + i] + v0 * kLanes<S>;
+      tile.offset = offset + r;
+      tile.sums = at;
+      if (task.depthwise)
+        channel_tile_function<S, true>(height, vectors)(tile);
+      else
+        channel_tile_function<S>(height, vectors)(tile);
+      r += height;
+    }
+  }
+
   // Products of taps [first_tap, last_tap) over the columns [lo, hi) of the runs in the tables.
   void multiply(int64_t first_tap, int64_t last_tap, int64_t runs, int64_t lo, int64_t hi) {
     const int v = task.vector_side, o = 1 - v;
@@ -165,11 +186,7 @@ struct Work {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t v0 = block * vectors / blocks;
       const int block_vectors = static_cast<int>((block + 1) * vectors / blocks - v0);
-      const int most = block_vectors == 1   ? rows_for(1)
-                       : block_vectors == 2 ? rows_for(2)
-                       : block_vectors == 3 ? rows_for(3)
-                                            : rows_for(4);
-      const int64_t in_cache = max_of(1, kRunBytes / (tile.n * block_vectors * kVecBytes));
+      const int64_t in_cache = max_of(1, kRunPositions / max_of(1, tile.n));
       for (int64_t run = 0; run < runs; run += in_cache) {
         tile.runs = min_of(in_cache, runs - run);
         tile.run_v = buffers.run[v] + run;
@@ -177,19 +194,7 @@ struct Work {
         auto product = [&](const S* vector, const S* scalar, int64_t rows, const int64_t* offset, S* const* sums) {
           tile.vector = vector + v0 * kLanes<S> + lo * step[v];
           tile.scalar = scalar + lo * step[o] + (task.depthwise ? v0 * kLanes<S> : 0);
-          for (int64_t r = 0; r < rows;) {
-            const int64_t left = rows - r;  // the last two tiles share what is left
-            const int height = static_cast<int>(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
-            S* at[kMostRows];
-            for (int i = 0; i < height; ++i) at[i] = sums[r + i] + v0 * kLanes<S>;
-            tile.offset = offset + r;
-            tile.sums = at;
-            if (task.depthwise)
-              channel_tile_function<S, true>(height, block_vectors)(tile);
-            else
-              channel_tile_function<S>(height, block_vectors)(tile);
-            r += height;
-          }
+          multiply_rows(tile, v0, block_vectors, rows, offset, sums);
         };
         const int64_t channels = count[o];
         if (v == 0) {  // rows are (tap, channel) pairs
@@ -199,6 +204,31 @@ struct Work {
           for (int64_t tap = first_tap; tap < last_tap; ++tap)
             product(buffers.staged[1] + tap_offset(tap), buffers.staged[0], channels, buffers.offset,
                     buffers.sums + tap * channels);
+        }
+      }
+    }
+  }
+
+  // All taps, window by window.
+  void multiply_windows(int64_t runs) {
+    ChannelTile<S> tile{};
+    tile.n = kPairs ? (n[2] + 1) / 2 : n[2];
+    tile.v_step = pitch[1] * (kPairs ? 2 : 1);
+    tile.b_step = pitch[0];
+    tile.scalar = buffers.staged[0];
+    const int64_t in_cache = max_of(1, 4 * kRunPositions / max_of(1, tile.n));
+    for (int64_t run = 0; run < runs; run += in_cache) {
+      tile.runs = min_of(in_cache, runs - run);
+      tile.run_v = buffers.run[1] + run;
+      tile.run_b = buffers.run[0] + run;
+      for (int64_t window = 0; window < task.num_windows; ++window) {
+        const int64_t tap = task.window[2 * window], vectors = task.window[2 * window + 1];
+        const int64_t blocks = (vectors + kMostVectors - 1) / kMostVectors;
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t v0 = block * vectors / blocks;
+          tile.vector = buffers.staged[1] + tap_offset(tap) + v0 * kLanes<S>;
+          multiply_rows(tile, v0, static_cast<int>((block + 1) * vectors / blocks - v0), count[0], buffers.offset,
+                        buffers.sums + tap * count[0]);
         }
       }
     }
@@ -217,7 +247,7 @@ struct Work {
         hi[dim] = max_of(lo[dim], left <= 0 ? 0 : min_of(n[dim], (left + task.stride[dim] - 1) / task.stride[dim]));
       }
       if (lo[2] == hi[2]) continue;
-      if constexpr (kPairs && sizeof(S) == sizeof(float)) {
+      if (task.windows || (kPairs && sizeof(S) == sizeof(float))) {
         multiply_singly(tap, lo, hi);
         continue;
       }
@@ -233,10 +263,10 @@ struct Work {
     }
   }
 
-  // One tap of unpaired values, one position at a time: a pair may reach beyond the bounds.
+  // One tap of unpaired values, one position at a time: a pair or a window may reach beyond the bounds.
   void multiply_singly(int64_t tap, const int64_t* lo, const int64_t* hi) {
     const int v = task.vector_side, o = 1 - v;
-    const int64_t offset = tap_offset(tap), lanes = round_up(count[v], kLanes<S>);
+    const int64_t offset = tap_offset(tap);
     for (int64_t sample = 0; sample < samples; ++sample)
       for (int64_t d = lo[0]; d < hi[0]; ++d)
         for (int64_t h = lo[1]; h < hi[1]; ++h)
@@ -247,8 +277,11 @@ struct Work {
                     (((sample * raw[0] + d * task.stride[0]) * raw[1] + h * task.stride[1]) * raw[2] + w) * pitch[1]};
             for (int64_t c = 0; c < count[o]; ++c) {
               S* sums = buffers.sums[tap * count[o] + c];
-              for (int64_t lane = 0; lane < lanes; lane += kLanes<S>)
-                store(sums + lane, load(sums + lane) + load(at[v] + lane) * splat(at[o][c]));
+              for (int64_t lane = 0; lane < count[v]; lane += kLanes<S>) {
+                const int64_t some = min_of(kLanes<S>, count[v] - lane);
+                store_part(sums + lane, load_part(sums + lane, some) + load_part(at[v] + lane, some) * splat(at[o][c]),
+                           some);
+              }
             }
           }
   }
@@ -271,12 +304,13 @@ struct Work {
       for (int64_t c = 0; c < count[o]; ++c) {
         buffers.offset[tap * count[o] + c] = o == 1 ? tap_offset(tap) + c : c;
         buffers.sums[tap * count[o] + c] =
-            partial + ((first[o] + c) * task.num_taps + tap) * task.pitch + first[task.vector_side];
+            partial + (first[o] + c) * task.row_elements + task.tap_sums[tap] + first[task.vector_side];
       }
     if (!finite) return multiply_exactly();
     make_pairs(0);
     make_pairs(1);
     find_runs();
+    if (task.windows) return multiply_windows(samples * n[0] * n[1]);
     multiply(0, task.num_taps, samples * n[0] * n[1], 0, n[2]);
   }
 };
@@ -290,15 +324,52 @@ void run_typed(const ChannelGradWeightTask& task, int64_t item, void* scratch) {
     work.pitch[side] = task.staged_pitch[side];
     item /= task.chunks[side];
   }
-  work.group = item % task.groups;
-  const int64_t part = item / task.groups, v = task.vector_side;
-  const int64_t group_elements = task.channels[1 - v] * task.num_taps * task.pitch;
-  work.partial = static_cast<S*>(task.partial) + part * task.partial_elements + work.group * group_elements;
-  for (int64_t row = 0; row < work.count[1 - v] * task.num_taps; ++row)
-    memset(work.partial + (work.first[1 - v] * task.num_taps + row) * task.pitch + work.first[v], 0,
-           static_cast<size_t>(round_up(work.count[v], kLanes<S>)) * sizeof(S));
+  const int64_t group_items = task.groups / task.item_groups, g0 = item % group_items * task.item_groups;
+  const int64_t part = item / group_items, o = 1 - task.vector_side;
+  const int64_t group_elements = task.channels[o] * task.row_elements;
+  auto enter = [&](int64_t group) {
+    work.group = group;
+    work.partial = static_cast<S*>(task.partial) + part * task.partial_elements + group * group_elements;
+  };
+  for (int64_t group = g0; group < g0 + task.item_groups; ++group) {
+    enter(group);
+    S* sums = work.partial + work.first[o] * task.row_elements;
+    if (task.windows)
+      memset(sums, 0, static_cast<size_t>(work.count[o] * task.row_elements) * sizeof(S));
+    else
+      for (int64_t row = 0; row < work.count[o] * task.num_taps; ++row)
+        memset(sums + row * task.pitch + work.first[1 - o], 0,
+               static_cast<size_t>(round_up(work.count[1 - o], kLanes<S>)) * sizeof(S));
+  }
   const int64_t last = (part + 1) * task.num_tiles / task.parts;
-  for (int64_t at = part * task.num_tiles / task.parts; at < last; ++at) work.run_tile(at);
+  for (int64_t at = part * task.num_tiles / task.parts; at < last; ++at)
+    for (int64_t group = g0; group < g0 + task.item_groups; ++group) {
+      enter(group);
+      work.run_tile(at);
+    }
+}
+
+// Adds the parts of one input channel's windows and stores each lane where it belongs.
+template <class S>
+void merge_windows(const ChannelGradWeightTask& task, int64_t item, void* result) {
+  const int64_t channels = task.channels[1], taps = task.num_taps, width = task.kernel[2];
+  const int64_t together = task.stride[2] / task.dilation[2];  // from one tap of a window to the next
+  for (int64_t window = 0; window < task.num_windows; ++window) {
+    const int64_t tap = task.window[2 * window], last = (width - 1 - tap % width) / together * together + tap;
+    for (int64_t v = 0; v < task.window[2 * window + 1]; ++v) {
+      const S* from =
+          static_cast<const S*>(task.partial) + item * task.row_elements + task.tap_sums[tap] + v * kLanes<S>;
+      double sum[kLanes<S>] = {};
+      for (int64_t part = 0; part < task.parts; ++part)
+        for (int l = 0; l < kLanes<S>; ++l) sum[l] += static_cast<double>(from[part * task.partial_elements + l]);
+      int64_t to = tap + v * kLanes<S> / channels * together, c = v * kLanes<S> % channels;
+      for (int l = 0; l < kLanes<S> && to <= last; ++l) {
+        S value[2 * kLanes<S>] = {static_cast<S>(sum[l])};
+        store_row(value, result, task.dtype, (item * channels + c) * taps + to, 1);
+        if (++c == channels) c = 0, to += together;
+      }
+    }
+  }
 }
 
 // Adds the parts of one vector's channels and stores them in the order of the weights.
@@ -337,6 +408,9 @@ int64_t scratch_bytes(const ChannelGradWeightTask& task) {
   return task.dtype == DType::f64 ? carve<double>(task, nullptr).bytes : carve<float>(task, nullptr).bytes;
 }
 void merge(const ChannelGradWeightTask& task, int64_t item, void* result) {
+  if (task.windows)
+    return task.dtype == DType::f64 ? merge_windows<double>(task, item, result)
+                                    : merge_windows<float>(task, item, result);
   task.dtype == DType::f64 ? merge_typed<double>(task, item, result) : merge_typed<float>(task, item, result);
 }
 

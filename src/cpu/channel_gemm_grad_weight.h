@@ -4,6 +4,9 @@
 // The input's tile is a box of positions q over the input grid, grad_output's the positions s * q + d * t - p that any
 // tap reads, both staged as [position][channel]. One of the two is the vector side: its channels lie along the lanes,
 // those of the other side are broadcast. Sums are kept as [channel of the other side][tap][channel of the vector side].
+//
+// A window is a row of taps that read neighbouring columns of one stride phase. With fewer output channels than lanes their
+// values follow each other in the staged grad_output, and the lanes of a window's vectors are (tap, channel) pairs.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -33,9 +36,15 @@ struct ChannelGradWeightTask {
   const bool* used[2];           // rows of grad_output's box that any tap reads: depth, height
   std::int64_t chunk[2], chunks[2];
   std::int64_t parts, num_tiles;
-  std::int64_t staged_pitch[2];   // elements from one staged position to the next
-  std::int64_t lanes, pitch;      // channels of the vector side, rounded up to whole vectors
-  void* partial;                  // S: [part][group][other channel][tap][pitch]
+  std::int64_t item_groups;      // groups of one item, one after the other for each tile
+  std::int64_t staged_pitch[2];  // elements from one staged position to the next
+  std::int64_t lanes, pitch;     // channels of the vector side, rounded up to whole vectors
+  bool windows;
+  const std::int64_t* window;  // [window][2]: its first tap, its vectors
+  std::int64_t num_windows;
+  const std::int64_t* tap_sums;   // [tap]: where its sums are in those of one channel of the other side
+  std::int64_t row_elements;      // sums of one channel of the other side: of all taps, `pitch` each, or of all windows
+  void* partial;                  // S: [part][group][other channel][row_elements]
   std::int64_t partial_elements;  // of one part
   struct PreOp {
     OpKind kind;

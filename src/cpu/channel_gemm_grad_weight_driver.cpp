@@ -15,6 +15,7 @@ namespace {
 struct Tiling {
   ChannelGradWeightTask task{};
   std::vector<char> used[2];
+  std::vector<std::int64_t> window, tap_sums;
   double critical_cycles = 0;
 };
 
@@ -35,7 +36,7 @@ std::int64_t raw_extent(const ChannelGradWeightTask& task, int dim, std::int64_t
 std::int64_t pitch_of(const ChannelGradWeightTask& task, int side) {
   if (task.depthwise) side = 0;  // the same channels on both
   const std::int64_t n = task.chunk[side];
-  if (side != task.vector_side && n < task.lanes) return n;
+  if ((side != task.vector_side || task.windows) && n < task.lanes) return n;
   const std::int64_t vectors = ceil_div(n, task.lanes);
   // An odd number of lines from one position to the next: an even one of 8 or more would use half of the cache's sets.
   return (vectors >= 8 && vectors % 2 == 0 ? vectors + 1 : vectors) * task.lanes;
@@ -50,7 +51,8 @@ std::int64_t staged_bytes(const ChannelGradWeightTask& task, std::int64_t elemen
   return (positions * pitch_of(task, 0) + raw * pitch_of(task, 1)) * element;
 }
 
-// Cycles of one core for `rows` by `vectors` sums at one position: two FMAs, two loads a cycle, FMAs take four.
+// Cycles of one core for `rows` by `vectors` sums at one position: two FMAs, two loads a cycle, FMAs take four, those of
+// pairs of bf16 six (measured: 8 sums at a time reach 65 % of what 16 do).
 double position_cycles(std::int64_t rows, std::int64_t vectors, Isa target) {
   const bool wide = target >= Isa::avx512;
   const std::int64_t most_vectors = wide ? 4 : 3, blocks = ceil_div(vectors, most_vectors);
@@ -59,7 +61,8 @@ double position_cycles(std::int64_t rows, std::int64_t vectors, Isa target) {
     const std::int64_t v = (block + 1) * vectors / blocks - block * vectors / blocks;
     const std::int64_t most = wide ? (v == 4 ? 6 : 8) : v == 3 ? 4 : v == 2 ? 5 : 8;
     const std::int64_t height = std::min(rows, most);
-    const double one = std::max({static_cast<double>(height * v) / 2, static_cast<double>(height + v) * 0.6, 4.0});
+    const double one = std::max({static_cast<double>(height * v) / 2, static_cast<double>(height + v) * 0.6,
+                                 target == Isa::avx512_bf16 ? 6.0 : 4.0});
     cycles += one * static_cast<double>(rows) / static_cast<double>(height);
   }
   return cycles;
@@ -99,13 +102,50 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
     return padded(side) / static_cast<double>(std::max<std::int64_t>(1, task.channels[side]));
   };
   task.vector_side = !task.depthwise && waste(1) < waste(0) - 1e-9 ? 1 : 0;
+  // Windows, where their products take fewer cycles.
+  const std::int64_t step = task.stride[2], dilation = task.dilation[2], together = step / dilation;
+  task.pitch = round_up(task.channels[task.vector_side], task.lanes);
+  if (!task.depthwise && task.channels[1] <= task.lanes && step % dilation == 0 && task.kernel[2] > together) {
+    double cycles = 0;
+    for (std::int64_t tap = 0; tap < std::min(together, task.kernel[2]); ++tap) {
+      const std::int64_t taps = ceil_div(task.kernel[2] - tap, together);
+      cycles += position_cycles(task.channels[0], ceil_div(taps * task.channels[1], task.lanes), target);
+    }
+    const bool rows = task.vector_side == 0;  // taps are rows
+    const double other = position_cycles(task.channels[1 - task.vector_side] * (rows ? task.kernel[2] : 1),
+                                         task.pitch / task.lanes, target) *
+                         static_cast<double>(rows ? 1 : task.kernel[2]);
+    task.windows = cycles < 0.9 * other;
+  }
+  if (task.windows) task.vector_side = 1, task.pitch = task.lanes;
   const int v = task.vector_side, o = 1 - v;
-  task.pitch = round_up(task.channels[v], task.lanes);
-  task.partial_elements = task.groups * task.channels[o] * task.num_taps * task.pitch;
+  for (std::int64_t tap = 0; tap < task.num_taps; ++tap) {
+    if (!task.windows) {
+      tiling->tap_sums.push_back(tap * task.pitch);
+      continue;
+    }
+    const std::int64_t column = tap % task.kernel[2];
+    if (column >= together) {  // one more of a window
+      tiling->tap_sums.push_back(tiling->tap_sums[static_cast<std::size_t>(tap - together)] + task.channels[1]);
+      continue;
+    }
+    const std::int64_t vectors = ceil_div(ceil_div(task.kernel[2] - column, together) * task.channels[1], task.lanes);
+    tiling->tap_sums.push_back(task.row_elements);
+    tiling->window.push_back(tap);
+    tiling->window.push_back(vectors);
+    task.row_elements += vectors * task.lanes;
+  }
+  if (!task.windows) task.row_elements = task.num_taps * task.pitch;
+  task.tap_sums = tiling->tap_sums.data();
+  task.window = tiling->window.data();
+  task.num_windows = static_cast<std::int64_t>(tiling->window.size()) / 2;
+  task.partial_elements = task.groups * task.channels[o] * task.row_elements;
 
   for (int side = 0; side < 2; ++side)
     task.chunk[side] =
-        round_up(even_piece(task.channels[side], (side == v ? 16 : 8) * task.lanes), side == v ? task.lanes : 1);
+        task.windows && side == v
+            ? task.channels[side]
+            : round_up(even_piece(task.channels[side], (side == v ? 16 : 8) * task.lanes), side == v ? task.lanes : 1);
   // The tile: rows of at most 128 positions, then as much as half of the second cache level holds.
   const double budget = 0.5 * static_cast<double>(device.l2_bytes);
   task.samples = task.box[0] = task.box[1] = 1;
@@ -154,12 +194,17 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   while (count_chunks() < 12) {
     const int side = task.chunk[o] >= 2 * std::min<std::int64_t>(8, task.channels[o]) && task.chunk[o] >= task.chunk[v]
                          ? o
-                     : task.chunk[v] >= 2 * task.lanes ? v
+                     : task.chunk[v] >= 2 * task.lanes ? v  // never with windows
                                                        : -1;
     if (side < 0) break;
     task.chunk[side] = round_up((task.chunk[side] + 1) / 2, side == v ? task.lanes : 1);
   }
   count_chunks();
+  // The groups of a channels_last position share cache lines: while there are items for all cores, a tile's groups follow
+  // each other. One after the other over the whole tensor they read it once each (kernelbench_1_73 in 4 groups: 108 ms).
+  const std::int64_t cores = std::max(1, device.cores);
+  const bool share = task.layout == Layout::channels_last && task.parts * task.chunks[0] * task.chunks[1] >= 4 * cores;
+  task.item_groups = share ? task.groups : 1;
   for (int side = 0; side < 2; ++side) task.staged_pitch[side] = pitch_of(task, side);
   for (int dim = 0; dim < 2; ++dim) {
     tiling->used[dim].assign(static_cast<std::size_t>(task.raw[dim]), 0);
@@ -177,19 +222,28 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
     raw *= rows;
   }
   const bool transposed = problem.layout == Layout::contiguous;
-  const double together = target == Isa::avx512_bf16 ? 2 : 1;  // positions in a word
-  const double stage =
-      (positions * static_cast<double>(pitch_of(task, 0)) + raw * static_cast<double>(pitch_of(task, 1))) *
-      ((transposed ? 9.0 : 3.0) + together - 1) / static_cast<double>(task.lanes);
+  const double pair = target == Isa::avx512_bf16 ? 2 : 1;  // positions in a word
+  // Blocks of channels are transposed whole, however few of them there are.
+  auto staged = [&](int side) {
+    const bool block = transposed && task.chunk[side] >= 4;
+    return static_cast<double>(block ? std::max(pitch_of(task, side), task.lanes) : pitch_of(task, side));
+  };
+  const double stage = (positions * staged(0) + raw * staged(1)) * ((transposed ? 9.0 : 3.0) + pair - 1) /
+                       static_cast<double>(task.lanes);
   const std::int64_t rows = v == 0 ? task.chunk[o] * task.num_taps : task.chunk[o];
-  const double multiply = positions * position_cycles(rows, ceil_div(task.chunk[v], task.lanes), target) *
-                          (v == 0 ? 1.0 : static_cast<double>(task.num_taps)) * (task.depthwise ? 1.6 : 1.1) / together;
+  double products = 0;  // cycles of a position
+  for (std::int64_t window = 0; window < task.num_windows; ++window)
+    products += position_cycles(rows, task.window[2 * window + 1], target);
+  if (!task.windows)
+    products = position_cycles(rows, ceil_div(task.chunk[v], task.lanes), target) *
+               (v == 0 ? 1.0 : static_cast<double>(task.num_taps));
+  const double multiply = positions * products * (task.depthwise ? 1.6 : 1.1) / pair;
   const double tiles_of_part = std::ceil(static_cast<double>(task.num_tiles) / static_cast<double>(task.parts));
   const double item = tiles_of_part * (500 + stage + multiply);
   const double items = static_cast<double>(task.parts * task.groups * task.chunks[0] * task.chunks[1]);
-  const double cores = std::max(1, device.cores);
   const double merge = static_cast<double>(task.partial_elements * task.parts) * 0.5;
-  tiling->critical_cycles = std::ceil(items / cores) * item + merge / cores;
+  const double count = static_cast<double>(cores);
+  tiling->critical_cycles = std::ceil(items / count) * item + merge / count;
   return tiling;
 }
 
@@ -261,9 +315,9 @@ void launch_channel_grad_weight(const Step& step, const Tensors& tensors, Stream
   }
   task.partial = workspace;
   const std::int64_t scratch_bytes = loops.scratch_bytes(task);
-  parallel_for(task.parts * task.groups * task.chunks[0] * task.chunks[1], threads,
+  parallel_for(task.parts * task.groups / task.item_groups * task.chunks[0] * task.chunks[1], threads,
                [&](std::int64_t item) { loops.run(task, item, thread_scratch(scratch_bytes)); });
-  parallel_for(task.groups * (task.pitch / task.lanes), threads,
+  parallel_for(task.windows ? task.groups * task.channels[0] : task.groups * (task.pitch / task.lanes), threads,
                [&](std::int64_t item) { loops.merge(task, item, tensors.output); });
   if (tensors.grad_bias) launch_grad_bias(problem, tensors, workspace + partial_bytes(task), threads, loops.sum_bias);
 }

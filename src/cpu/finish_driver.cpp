@@ -171,10 +171,14 @@ std::size_t prepare(const Problem& problem, const Epilogue& epilogue, const Tens
   return carver.size();
 }
 
-// group_norm: merges the tiles of each statistic, in their order.
-void merge_moments(const Work& work, int threads) {
+// What is read twice within a slice of the batch.
+constexpr double kSliceBytes = 8 << 20;
+
+// group_norm: merges the tiles of each statistic of samples [first, last), in their order.
+void merge_moments(const Work& work, std::int64_t first, std::int64_t last, int threads) {
   const FinishTask& task = work.task;
-  parallel_for(task.batch * task.num_groups, threads, [&](std::int64_t statistic) {
+  parallel_for((last - first) * task.num_groups, threads, [&](std::int64_t index) {
+    const std::int64_t statistic = first * task.num_groups + index;
     const std::int64_t b = statistic / task.num_groups, g = statistic % task.num_groups;
     TileMoments sum{0, 0, 0};
     auto add = [&](const TileMoments& tile) {
@@ -337,11 +341,26 @@ void launch_finish(const Step& step, const Tensors& tensors, Stream stream, cons
   };
   const bool group = task.norm >= 0 && task.norm_kind == OpKind::group_norm;
   if (!backward(step.problem)) {
-    if (group && work.items > 0) {
-      run(FinishStage::moments);
-      merge_moments(work, threads);
+    if (!group || work.items == 0) return run(FinishStage::apply);
+    // A few samples at a time, so that they are still in the last cache level when they are normalised; the last ones
+    // first, which the convolution has just left there. A bf16 layer of 64 channels on 16 x 128 x 128 positions with
+    // gelu and group_norm took 30.2 ms so and 31.0 over the whole batch at once, in channels_last 32.9 and 34.6.
+    const std::int64_t items = work.items / task.batch;  // of a sample
+    const double sample =
+        static_cast<double>(task.channels * task.positions) * static_cast<double>(size_of(task.dtype));
+    const std::int64_t samples = std::clamp<std::int64_t>(
+        std::max(static_cast<std::int64_t>(kSliceBytes / sample), (8 * threads + items - 1) / items), 1, task.batch);
+    for (std::int64_t last = task.batch; last > 0; last -= samples) {
+      const std::int64_t first = std::max<std::int64_t>(0, last - samples);
+      auto run_slice = [&](FinishStage stage) {
+        parallel_for((last - first) * items, threads, [&](std::int64_t item) {
+          loops.run(task, stage, first * items + item, thread_scratch(scratch_bytes));
+        });
+      };
+      run_slice(FinishStage::moments);
+      merge_moments(work, first, last, threads);
+      run_slice(FinishStage::apply);
     }
-    run(FinishStage::apply);
     return;
   }
   std::fill_n(task.sums, task.num_slots * work.parts * task.channels, 0.0);
@@ -350,7 +369,7 @@ void launch_finish(const Step& step, const Tensors& tensors, Stream stream, cons
       const void* grad_output = task.grad_output;
       task.grad_output = nullptr;
       run(FinishStage::moments);
-      merge_moments(work, threads);
+      merge_moments(work, 0, task.batch, threads);
       task.grad_output = grad_output;
     }
     run(FinishStage::grad_sums);

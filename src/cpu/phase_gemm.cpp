@@ -280,8 +280,8 @@ void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>
                         (d * task.plane[1] + h) * task.plane[2];
         S* row = buffers.rows + m * buffers.row_pitch;
         const int64_t start = (b * channels + c0 + m) * positions + position;
-        if (step == 1 && task.num_ops == 0 && task.layout == Layout::contiguous) {
-          store_row(from, task.result, task.result_dtype, start, width);
+        if (task.num_ops == 0 && task.layout == Layout::contiguous) {
+          store_phases(from, block * buffers.sums_pitch, step, width, row, task.result, task.result_dtype, start);
           continue;
         }
         if (step == 1)

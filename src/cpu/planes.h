@@ -95,6 +95,8 @@ void stage_block(const PhaseGemmTask& task, const Place& place, const Buffers& b
             for (int plane = first; plane < next; ++plane) zero(row_at(plane, k, d, h), width);
             continue;
           }
+          // Through a line: taking every step-th element from the tensor itself, once for each plane, made the grad_input of
+          // kernelbench_1_81 29 ms instead of 20 and of 1_73 105 instead of 103.
           S* line = step == 1 ? row_at(first, k, d, h) : buffers.line;
           const int64_t index = channel + row + from;
           if (ahead)

@@ -79,6 +79,47 @@ void interleave(const S* phases, int64_t pitch, int64_t step, int64_t n, S* row)
     for (int64_t q = 0; q < n; ++q) row[step * q + r] = phases[r * pitch + q];
 }
 
+// Element index + Step * q + r of dst = phases[r * pitch + q], for the first n: interleaved and rounded in registers. A row
+// in between cost SAM's contiguous layer 6 % of its time.
+template <class S, int Step>
+void store_powers(const S* phases, int64_t pitch, int64_t n, void* dst, DType dtype, int64_t index) {
+  constexpr int64_t kBlock = kLanes<S>;
+  for (int64_t at = 0; at < n; at += Step * kBlock) {
+    Vec<S> v[Step];
+#pragma GCC unroll 8
+    for (int r = 0; r < Step; ++r) v[r] = load(phases + r * pitch + at / Step);
+    interleave_rows<S, Step>(v);
+    if (at + Step * kBlock <= n) {
+      S* whole = static_cast<S*>(dst) + index + at;
+      uint16_t* half = static_cast<uint16_t*>(dst) + index + at;
+#pragma GCC unroll 8
+      for (int r = 0; r < Step; r += 2) {
+        if (size_of(dtype) == sizeof(S))
+          store(whole + r * kBlock, v[r]), store(whole + (r + 1) * kBlock, v[r + 1]);
+        else if constexpr (sizeof(S) == sizeof(float))
+          store_halves(half + r * kBlock, dtype, v[r], v[r + 1]);
+      }
+      continue;
+    }
+    S part[Step * kBlock];
+#pragma GCC unroll 8
+    for (int r = 0; r < Step; ++r) store(part + r * kBlock, v[r]);
+    store_row(part, dst, dtype, index + at, n - at);
+  }
+}
+
+// The same for any step; the row has room for n elements and a vector of each phase.
+template <class S>
+void store_phases(const S* phases, int64_t pitch, int64_t step, int64_t n, S* row, void* dst, DType dtype,
+                  int64_t index) {
+  if (step == 1) return store_row(phases, dst, dtype, index, n);
+  if (step == 2) return store_powers<S, 2>(phases, pitch, n, dst, dtype, index);
+  if (step == 4) return store_powers<S, 4>(phases, pitch, n, dst, dtype, index);
+  if (step == 8) return store_powers<S, 8>(phases, pitch, n, dst, dtype, index);
+  interleave(phases, pitch, step, (n + step - 1) / step, row);
+  store_row(row, dst, dtype, index, n);
+}
+
 template <class S, int... Lane>
 TCONV_INLINE Vec<S> take_even(Vec<S> a, Vec<S> b, LaneList<Lane...>) {
   return __builtin_shufflevector(a, b, (2 * Lane)...);

@@ -325,6 +325,20 @@ TCONV_INLINE void load_row(const void* src, DType dtype, int64_t index, int64_t 
 TCONV_INLINE void load_row(const void* src, DType, int64_t index, int64_t n, double* dst) {
   memcpy(dst, static_cast<const double*>(src) + index, static_cast<size_t>(n) * sizeof(double));
 }
+// Two vectors as 16-bit elements that follow each other.
+TCONV_INLINE void store_halves(uint16_t* to, DType dtype, VecF a, VecF b) {
+#if defined(__AVX512BF16__)
+  if (dtype == DType::bf16) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(bits_of<__m512>(b), bits_of<__m512>(a));
+    memcpy(to, &both, sizeof both);
+    return;
+  }
+#endif
+  const VecH low = dtype == DType::f16 ? to_half(a) : to_bfloat(a),
+             high = dtype == DType::f16 ? to_half(b) : to_bfloat(b);
+  memcpy(to, &low, sizeof low);
+  memcpy(to + kLanes<float>, &high, sizeof high);
+}
 // Writes dst exactly; may read up to one vector beyond src[n - 1].
 TCONV_INLINE void store_row(const float* src, void* dst, DType dtype, int64_t index, int64_t n) {
   if (dtype == DType::f32) {
@@ -332,7 +346,10 @@ TCONV_INLINE void store_row(const float* src, void* dst, DType dtype, int64_t in
     return;
   }
   uint16_t* to = static_cast<uint16_t*>(dst) + index;
-  for (int64_t i = 0; i < n; i += kLanes<float>) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes<float> <= n; i += 2 * kLanes<float>)
+    store_halves(to + i, dtype, load(src + i), load(src + i + kLanes<float>));
+  for (; i < n; i += kLanes<float>) {
     const VecH h = dtype == DType::f16 ? to_half(load(src + i)) : to_bfloat(load(src + i));
     if (i + kLanes<float> <= n)
       memcpy(to + i, &h, sizeof h);
