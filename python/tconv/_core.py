@@ -67,7 +67,8 @@ def _precision_code(precision: int, x: Tensor, direction: int, groups: int) -> i
     if x.dtype != torch.float32 or not x.is_cuda:
         return FP32  # the CPU computes in fp32 always; other dtypes have one arithmetic only
     if precision == FOLLOW_FLAGS:
-        # cuDNN computes the forward pass of grouped layers in fp32 whatever the flag says, their gradients mostly in TF32.
+        # cuDNN computes the forward pass of grouped layers in fp32 whatever the flag says, most of their gradients in
+        # TF32.
         return TF32 if (groups == 1 or direction in (GRAD_INPUT, GRAD_WEIGHT)) and tf32_allowed() else FP32
     return precision
 

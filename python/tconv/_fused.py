@@ -481,7 +481,9 @@ def _apply_pre(x: Tensor, chain: str, rank: int) -> Tensor:
     threads = 0 if x.is_cuda else torch.get_num_threads()
     scratch = None if workspace is None else workspace.data_ptr()
     unused = (None,) * 3
-    _C.run(plan, _core._stream(x), threads, x.data_ptr(), *unused, y.data_ptr(), None, *unused, scratch, None, None, False)
+    _C.run(
+        plan, _core._stream(x), threads, x.data_ptr(), *unused, y.data_ptr(), None, *unused, scratch, None, None, False
+    )
     return y
 
 

@@ -164,7 +164,8 @@ class CudaClock:
         self.end = torch.cuda.Event(enable_timing=True)
 
     def once(self, run: Run) -> float:
-        # _sleep counts clock cycles (about 1.5-2 per ns here): the host enqueues the whole call meanwhile.
+        # _sleep counts clock cycles (about 1.5-2 per ns here): the host enqueues the whole call meanwhile. A backward
+        # call of seven launches took a slow host longer than a lead of 400.
         torch.cuda._sleep(self.lead_cycles)  # type: ignore[no-untyped-call]
         self.flush.zero_()
         self.begin.record()
