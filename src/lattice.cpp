@@ -25,4 +25,11 @@ LatticeDim lattice(const Problem& problem, int dim) {
   return table;
 }
 
+std::vector<PhaseTap> phase_taps(const LatticeDim& table) {
+  std::vector<PhaseTap> all;
+  for (std::size_t r = 0; r < table.phases.size(); ++r)
+    for (const Tap& tap : table.phases[r]) all.push_back({tap.tap, static_cast<std::int64_t>(r), tap.shift});
+  return all;
+}
+
 }  // namespace tconv

@@ -25,6 +25,13 @@ struct LatticeDim {
   int empty_phases = 0;
 };
 
+// A tap with the phase that it feeds.
+struct PhaseTap {
+  std::int64_t tap, phase, shift;
+};
+// All taps of a table, phase by phase.
+std::vector<PhaseTap> phase_taps(const LatticeDim& table);
+
 // `dim` 0 depth, 1 height, 2 width. Independent of sizes: only stride, padding, dilation and kernel enter.
 LatticeDim lattice(const Problem& problem, int dim);
 

@@ -514,9 +514,13 @@ def make_forward_entry(geom: Geometry, x: Tensor, w: Tensor, bias: Optional[Tens
     shape = (*x_shape[: -rank - 1], out_channels, *geom.output_size(spatial, kernel))
     entry = Entry(plan, geom, shape, layout, x_shape, w_shape)
     entry.cuda = x.get_device() if x.is_cuda else -1
-    entry.weight_last = x.is_cuda and not is_dense(w, CONTIGUOUS) and is_dense(w, CHANNELS_LAST)
-    weight_ready = entry.weight_last or is_dense(w, CONTIGUOUS)
-    dense_already = (is_dense(x, layout), weight_ready, bias is None or is_dense(bias, CONTIGUOUS))
+    contiguous = is_dense(w, CONTIGUOUS)
+    entry.weight_last = x.is_cuda and not contiguous and is_dense(w, CHANNELS_LAST)
+    dense_already = (
+        is_dense(x, layout),
+        contiguous or entry.weight_last,
+        bias is None or is_dense(bias, CONTIGUOUS),
+    )
     entry.copies = not all(dense_already)
     return entry
 

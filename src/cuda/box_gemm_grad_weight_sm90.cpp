@@ -390,17 +390,7 @@ std::vector<Unit> units(const Step& step) {
   return all;
 }
 
-struct Ready : Loaded {
-  Geometry geometry;
-};
-
-void prepare_launch(Step& step) {
-  prepare(step);
-  auto ready = std::make_shared<Ready>();
-  ready->functions = static_cast<const Loaded*>(step.state.get())->functions;
-  ready->geometry = geometry(step.problem, step.device, step.config);
-  step.state = std::shared_ptr<Loaded>(ready);
-}
+void prepare_launch(Step& step) { prepare_with(step, geometry(step.problem, step.device, step.config)); }
 
 // A side of the product as the copy engine reads it; pieces of `width` channels.
 TensorView view_of(const Problem& problem, const Geometry& g, const void* first, bool grad) {
@@ -495,7 +485,7 @@ void launch_packing(const Step& step, const Tensors& tensors, const Geometry& g,
 
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   const Current current(step.device.index);  // for the tensor maps
-  const Geometry& g = static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()))->geometry;
+  const Geometry& g = prepared<Geometry>(step);
   const Problem& problem = step.problem;
   const Workspace at = workspace(problem, g);
   char* const first = static_cast<char*>(tensors.workspace);

@@ -45,10 +45,6 @@ struct Arguments {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct PhaseTap {
-  int64_t tap, phase, shift;
-};
-
 struct Geometry {
   std::string refusal;
   bool forward = true;
@@ -100,10 +96,7 @@ Geometry geometry(const Problem& problem, const Config& config) {
     g.result_step[dim] = g.phases[dim] = g.forward ? problem.stride[at] : 1;
     g.source_step[dim] = g.forward ? 1 : problem.stride[at];
     if (g.forward) {
-      const LatticeDim table = lattice(problem, dim);
-      for (std::size_t r = 0; r < table.phases.size(); ++r) {
-        for (const Tap& tap : table.phases[r]) g.taps[dim].push_back({tap.tap, static_cast<int64_t>(r), tap.shift});
-      }
+      g.taps[dim] = phase_taps(lattice(problem, dim));
     } else {
       for (int64_t t = 0; t < problem.kernel[at]; ++t) {
         g.taps[dim].push_back({t, 0, problem.dilation[at] * t - problem.padding[at]});
@@ -354,9 +347,11 @@ std::vector<Unit> units(const Step& step) {
   return {{"depthwise.cu", "depthwise", std::move(text), kThreads, 0}};
 }
 
+void prepare_launch(Step& step) { prepare_with(step, geometry(step.problem, step.config)); }
+
 void launch(const Step& step, const Tensors& tensors, Stream stream) {
   const Problem& problem = step.problem;
-  const Geometry g = geometry(problem, step.config);
+  const Geometry& g = prepared<Geometry>(step);
   Arguments a{};
   a.source = g.forward ? tensors.input : tensors.grad_output;
   a.weight = tensors.weight;
@@ -381,6 +376,6 @@ void launch(const Step& step, const Tensors& tensors, Stream stream) {
 }  // namespace
 
 extern const Kernel depthwise;
-const Kernel depthwise{"depthwise", kConfigs, fit, units, prepare, launch};
+const Kernel depthwise{"depthwise", kConfigs, fit, units, prepare_launch, launch};
 
 }  // namespace tconv::cuda

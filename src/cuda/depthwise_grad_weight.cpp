@@ -6,6 +6,7 @@
 
 #include "driver.h"
 #include "lattice.h"
+#include "tile_geometry.h"
 
 namespace tconv::cuda {
 namespace {
@@ -36,12 +37,7 @@ struct Arguments {
   unsigned cells, columns, strip, places, tiles, items, shares, share;
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 std::string text_of(int64_t value) { return std::to_string(value); }
-
-struct PhaseTap {
-  int64_t tap, phase, shift;
-};
 
 // One thread's sums: some depth taps of one phase of depth, some height taps, all width taps.
 struct Variant {
@@ -254,12 +250,7 @@ Geometry layer_geometry(const Problem& problem) {
     while (g.lanes < 32 && g.lanes < problem.out_channels) g.lanes *= 2;
   }
   std::vector<PhaseTap> taps[3];
-  for (int dim = 0; dim < 3; ++dim) {
-    const LatticeDim table = lattice(problem, dim);
-    for (std::size_t r = 0; r < table.phases.size(); ++r) {
-      for (const Tap& tap : table.phases[r]) taps[dim].push_back({tap.tap, static_cast<int64_t>(r), tap.shift});
-    }
-  }
+  for (int dim = 0; dim < 3; ++dim) taps[dim] = phase_taps(lattice(problem, dim));
   // Neighbouring shifts together keep the window small.
   const auto by_shift = [](const PhaseTap& a, const PhaseTap& b) {
     return a.shift != b.shift ? a.shift < b.shift : a.phase < b.phase;
@@ -448,12 +439,9 @@ std::vector<Unit> units(const Step& step) {
   const int64_t longest = std::max({problem.kernel[0], problem.kernel[1], problem.kernel[2]});
   for (int dim = 0; dim < 3; ++dim) {
     std::vector<int64_t> tap_phase(static_cast<std::size_t>(longest)), tap_shift(static_cast<std::size_t>(longest));
-    const LatticeDim lattice_dim = lattice(problem, dim);
-    for (std::size_t r = 0; r < lattice_dim.phases.size(); ++r) {
-      for (const Tap& tap : lattice_dim.phases[r]) {
-        tap_phase[static_cast<std::size_t>(tap.tap)] = static_cast<int64_t>(r);
-        tap_shift[static_cast<std::size_t>(tap.tap)] = tap.shift;
-      }
+    for (const PhaseTap& tap : phase_taps(lattice(problem, dim))) {
+      tap_phase[static_cast<std::size_t>(tap.tap)] = tap.phase;
+      tap_shift[static_cast<std::size_t>(tap.tap)] = tap.shift;
     }
     phases += list(tap_phase) + ",", shifts += list(tap_shift) + ",";
   }
@@ -479,21 +467,11 @@ std::vector<Unit> units(const Step& step) {
           {"depthwise_grad_weight.cu", "depthwise_sum", text, 256, 0}};
 }
 
-struct Ready : Loaded {
-  Geometry geometry;
-};
-
-void prepare_launch(Step& step) {
-  prepare(step);
-  auto ready = std::make_shared<Ready>();
-  static_cast<Loaded&>(*ready) = *static_cast<const Loaded*>(step.state.get());
-  ready->geometry = geometry(step.problem, step.device);
-  step.state = std::move(ready);
-}
+void prepare_launch(Step& step) { prepare_with(step, geometry(step.problem, step.device)); }
 
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   const Problem& problem = step.problem;
-  const Geometry& g = static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()))->geometry;
+  const Geometry& g = prepared<Geometry>(step);
   Arguments a = g.arguments;
   a.input = tensors.input;
   a.grad_output = tensors.grad_output;

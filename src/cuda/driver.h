@@ -5,8 +5,10 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "kernel.h"
@@ -106,6 +108,36 @@ struct Loaded {
 void prepare(Step& step);
 inline const Function& function(const Step& step, std::size_t index = 0) {
   return *static_cast<const Loaded*>(step.state.get())->functions[index];
+}
+// The same with the kernel's geometry, worked out when the plan is made instead of in every launch.
+template <class Geometry>
+struct LoadedWith : Loaded {
+  Geometry geometry;
+};
+template <class Geometry>
+void prepare_with(Step& step, Geometry geometry) {
+  prepare(step);
+  auto state = std::make_shared<LoadedWith<Geometry>>();
+  state->functions = static_cast<const Loaded*>(step.state.get())->functions;
+  state->geometry = std::move(geometry);
+  step.state = std::shared_ptr<Loaded>(std::move(state));
+}
+template <class Geometry>
+const Geometry& prepared(const Step& step) {
+  return static_cast<const LoadedWith<Geometry>*>(static_cast<const Loaded*>(step.state.get()))->geometry;
+}
+
+// What a kernel knows of the problem alone, kept from one config to the next: the planner asks for all configs of a problem
+// in a row, and the tables of phases and taps take longer than the rest of a price.
+template <class Geometry>
+const Geometry& of_last_problem(const Problem& problem, Geometry (&layer_geometry)(const Problem&)) {
+  thread_local Problem last;
+  thread_local std::optional<Geometry> geometry;
+  if (!geometry || !(last == problem)) {
+    geometry = layer_geometry(problem);
+    last = problem;
+  }
+  return *geometry;
 }
 
 // `#define` lines that all kernels share: dtype, layout, channels per group, taps, stride, padding, dilation, and the

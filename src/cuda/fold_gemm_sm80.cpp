@@ -100,11 +100,7 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   g.registers =
       g.lines * column_tiles * 4 + column_tiles * 2 * g.parts + g.lines + 4 * g.parts + 56 + (g.parts == 2 ? 12 : 0);
   if (g.registers > 255) return refuse(std::to_string(g.registers) + " registers a thread");
-  g.blocks_per_multiprocessor = static_cast<int>(std::clamp<int64_t>(
-      std::min<int64_t>(
-          65536 / (g.registers * kThreads),
-          static_cast<int64_t>(device.shared_memory_per_multiprocessor) / static_cast<int64_t>(g.shared_bytes + 1024)),
-      1, 12));
+  g.blocks_per_multiprocessor = resident_blocks(device, kThreads, g.registers, g.shared_bytes);
   const int64_t others = problem.groups * g.n_blocks;
   const int64_t resident = int64_t{g.blocks_per_multiprocessor} * std::max(device.multiprocessors, 1);
   g.shares = static_cast<int>(std::clamp<int64_t>(resident / others, 1, std::max<int64_t>(1, g.tile.num_tiles)));
@@ -114,15 +110,8 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
 
 Fit fit(const Problem& problem, const Epilogue&, const Device& device, const Config& config) {
   Fit fit;
-  thread_local Problem cached_problem;
-  thread_local Geometry cached_layer;
-  thread_local bool cached = false;
-  if (!cached || !(cached_problem == problem)) {
-    cached_layer = layer_geometry(problem);
-    cached_problem = problem;
-    cached = true;
-  }
-  const Geometry g = geometry(problem, device, config, cached_layer);
+  const Geometry& layer = of_last_problem(problem, layer_geometry);
+  const Geometry g = geometry(problem, device, config, layer);
   fit.refusal = g.refusal;
   if (!fit) return fit;
   // Cycles of one multiprocessor for a tile. Fragments and staged words come at one access of 128 bytes a cycle; a
@@ -196,20 +185,12 @@ std::vector<Unit> units(const Step& step) {
   return {{"fold_gemm_sm80.cu", "fold_gemm", text.str(), kThreads, g.shared_bytes}};
 }
 
-struct Ready : Loaded {
-  Geometry geometry;
-};
-
 void prepare_launch(Step& step) {
-  prepare(step);
-  auto ready = std::make_shared<Ready>();
-  static_cast<Loaded&>(*ready) = *static_cast<const Loaded*>(step.state.get());
-  ready->geometry = geometry(step.problem, step.device, step.config, layer_geometry(step.problem));
-  step.state = std::move(ready);
+  prepare_with(step, geometry(step.problem, step.device, step.config, layer_geometry(step.problem)));
 }
 
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
-  const Geometry& g = static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()))->geometry;
+  const Geometry& g = prepared<Geometry>(step);
   const Problem& problem = step.problem;
   if (g.tile.num_tiles == 0) return;
   struct {

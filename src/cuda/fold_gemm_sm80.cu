@@ -66,15 +66,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, FG_MIN_BLOCKS) fold_gemm(
       value[e] = a.weight[weight_element<TCONV_CO, TCONV_K0 * TCONV_K1 * TCONV_K2>(
           a.weight_last, group * (long long)TCONV_CI + n, k + e, tap)];
     }
-    unsigned* to = weights + (fragment * 32 + to_lane) * kFragment + r;
-#if TCONV_DTYPE_f32
-    const float x = widen(value[0]);
-    const unsigned big = to_tf32(x);
-    to[0] = big;
-    if (FG_PARTS == 2) to[2] = to_tf32(x - __uint_as_float(big));
-#else
-    to[0] = pack_words(value[0], value[1]);
-#endif
+    write_fragment<FG_PARTS>(weights + (fragment * 32 + to_lane) * kFragment + r, value);
   }
   for (int i = threadIdx.x; i < FG_STEPS * 8; i += kThreads) offsets[i] = fg_word_offset[i];
 
@@ -120,15 +112,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, FG_MIN_BLOCKS) fold_gemm(
       WeightFragments<FG_NT, FG_PARTS> columns;
 #pragma unroll
       for (int ni = 0; ni < FG_NT; ++ni) {
-        const unsigned* from = weights + ((step * FG_NT + ni) * 32 + lane) * kFragment;
-        if constexpr (FG_PARTS == 2) {
-          const uint4 four = *reinterpret_cast<const uint4*>(from);
-          columns.word[0][2 * ni] = four.x, columns.word[0][2 * ni + 1] = four.y;
-          columns.word[FG_PARTS - 1][2 * ni] = four.z, columns.word[FG_PARTS - 1][2 * ni + 1] = four.w;
-        } else {
-          const uint2 two = *reinterpret_cast<const uint2*>(from);
-          columns.word[0][2 * ni] = two.x, columns.word[0][2 * ni + 1] = two.y;
-        }
+        read_fragment(columns, ni, weights + ((step * FG_NT + ni) * 32 + lane) * kFragment);
       }
 #pragma unroll
       for (int mi = 0; mi < FG_MT; ++mi) {

@@ -274,9 +274,11 @@ std::vector<Unit> units(const Step& step) {
   return {{"gather.cu", "gather", std::move(text), kThreads, g.shared_bytes}};
 }
 
+void prepare_launch(Step& step) { prepare_with(step, geometry(step.problem, step.config)); }
+
 void launch(const Step& step, const Tensors& tensors, Stream stream) {
   const Problem& problem = step.problem;
-  const Geometry g = geometry(problem, step.config);
+  const Geometry& g = prepared<Geometry>(step);
   Arguments a{};
   a.source = g.forward ? tensors.input : tensors.grad_output;
   a.weight = tensors.weight;
@@ -297,6 +299,6 @@ void launch(const Step& step, const Tensors& tensors, Stream stream) {
 }  // namespace
 
 extern const Kernel gather;
-const Kernel gather{"gather", kConfigs, fit, units, prepare, launch};
+const Kernel gather{"gather", kConfigs, fit, units, prepare_launch, launch};
 
 }  // namespace tconv::cuda

@@ -148,9 +148,11 @@ std::vector<Unit> units(const Step& step) {
   return list;
 }
 
+void prepare_launch(Step& step) { prepare_with(step, geometry(step.problem, step.device)); }
+
 void launch(const Step& step, const Tensors& tensors, Stream stream) {
-  Geometry g = geometry(step.problem, step.device);
-  Arguments& a = g.arguments;
+  const Geometry& g = prepared<Geometry>(step);
+  Arguments a = g.arguments;
   a.input = tensors.input;
   a.grad_output = tensors.grad_output;
   a.result = tensors.output;
@@ -178,6 +180,6 @@ void launch(const Step& step, const Tensors& tensors, Stream stream) {
 }  // namespace
 
 extern const Kernel gather_grad_weight;
-const Kernel gather_grad_weight{"gather_grad_weight", kConfigs, fit, units, prepare, launch};
+const Kernel gather_grad_weight{"gather_grad_weight", kConfigs, fit, units, prepare_launch, launch};
 
 }  // namespace tconv::cuda

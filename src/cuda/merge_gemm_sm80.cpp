@@ -158,11 +158,7 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   }
   g.registers = g.lines * column_tiles * 4 + 4 * g.lines * g.parts + g.lines + 80 + (g.parts == 2 ? 12 : 0);
   if (g.registers > 255) return refuse(std::to_string(g.registers) + " registers a thread");
-  g.blocks_per_multiprocessor = static_cast<int>(std::clamp<int64_t>(
-      std::min<int64_t>(
-          65536 / (g.registers * kThreads),
-          static_cast<int64_t>(device.shared_memory_per_multiprocessor) / static_cast<int64_t>(g.shared_bytes + 1024)),
-      1, 12));
+  g.blocks_per_multiprocessor = resident_blocks(device, kThreads, g.registers, g.shared_bytes);
   const int64_t resident = int64_t{g.blocks_per_multiprocessor} * std::max(device.multiprocessors, 1);
   g.shares =
       static_cast<int>(std::clamp<int64_t>(resident / problem.groups, 1, std::max<int64_t>(1, g.tile.num_tiles)));
@@ -172,19 +168,12 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
 
 Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config) {
   Fit fit;
-  thread_local Problem cached_problem;
-  thread_local Geometry cached_layer;
-  thread_local bool cached = false;
-  if (!cached || !(cached_problem == problem)) {
-    cached_layer = layer_geometry(problem);
-    cached_problem = problem;
-    cached = true;
-  }
+  const Geometry& layer = of_last_problem(problem, layer_geometry);
   if (problem.batch * volume(problem.input) == 0) {
     fit.refusal = "empty input";
     return fit;
   }
-  const Geometry g = geometry(problem, device, config, cached_layer);
+  const Geometry g = geometry(problem, device, config, layer);
   fit.refusal = g.refusal;
   if (!fit) return fit;
   // Cycles of one multiprocessor for a tile, as in fold_gemm_sm80.cpp.
@@ -214,10 +203,8 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   const double compute = 1.7 * rounds * tile * latency / clock * 1e6;
   const double traffic = minimum_bytes(problem) / (device.bandwidth_tbs * 1e12 * 0.8) * 1e6;
   fit.microseconds = std::max(compute, traffic) + 0.3 * std::min(compute, traffic) + 10.0;
-  for (const Op& op : epilogue.ops) {
-    if (is_norm(op.kind)) break;
-    ++fit.fused_ops;
-  }
+  const int norm = norm_index(epilogue);
+  fit.fused_ops = norm < 0 ? static_cast<int>(epilogue.ops.size()) : norm;
   return fit;
 }
 
@@ -267,20 +254,12 @@ std::vector<Unit> units(const Step& step) {
   return {{"merge_gemm_sm80.cu", "merge_gemm", text.str(), kThreads, g.shared_bytes}};
 }
 
-struct Ready : Loaded {
-  Geometry geometry;
-};
-
 void prepare_launch(Step& step) {
-  prepare(step);
-  auto ready = std::make_shared<Ready>();
-  static_cast<Loaded&>(*ready) = *static_cast<const Loaded*>(step.state.get());
-  ready->geometry = geometry(step.problem, step.device, step.config, layer_geometry(step.problem));
-  step.state = std::move(ready);
+  prepare_with(step, geometry(step.problem, step.device, step.config, layer_geometry(step.problem)));
 }
 
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
-  const Geometry& g = static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()))->geometry;
+  const Geometry& g = prepared<Geometry>(step);
   const Problem& problem = step.problem;
   if (g.tile.num_tiles == 0) return;
   struct {

@@ -61,15 +61,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_MIN_BLOCKS) merge_gemm
       value[e] = a.weight[weight_element<TCONV_CO, TCONV_K0 * TCONV_K1 * TCONV_K2>(
           a.weight_last, group * (long long)TCONV_CI + k + e, mg_column[column][0], tap)];
     }
-    unsigned* to = weights + (fragment * 32 + to_lane) * kFragment + r;
-#if TCONV_DTYPE_f32
-    const float x = widen(value[0]);
-    const unsigned big = to_tf32(x);
-    to[0] = big;
-    if (MG_PARTS == 2) to[2] = to_tf32(x - __uint_as_float(big));
-#else
-    to[0] = pack_words(value[0], value[1]);
-#endif
+    write_fragment<MG_PARTS>(weights + (fragment * 32 + to_lane) * kFragment + r, value);
   }
 
   // Of each of the warp's lines of 16 positions: the lane's first word.
@@ -128,15 +120,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_MIN_BLOCKS) merge_gemm
           for (int ni = 0; ni < MG_NT; ++ni) {
             if (MG_NT > 1 && !(mask >> ni & 1)) continue;
             WeightFragments<1, MG_PARTS> columns;
-            const unsigned* from = fragments + ni * (32 * kFragment);
-            if constexpr (MG_PARTS == 2) {
-              const uint4 four = *reinterpret_cast<const uint4*>(from);
-              columns.word[0][0] = four.x, columns.word[0][1] = four.y;
-              columns.word[MG_PARTS - 1][0] = four.z, columns.word[MG_PARTS - 1][1] = four.w;
-            } else {
-              const uint2 two = *reinterpret_cast<const uint2*>(from);
-              columns.word[0][0] = two.x, columns.word[0][1] = two.y;
-            }
+            read_fragment(columns, 0, fragments + ni * (32 * kFragment));
 #pragma unroll
             for (int mi = 0; mi < MG_MT; ++mi)
               multiply_line<1, MG_PARTS>(reinterpret_cast<float (&)[1][4]>(acc[mi][ni]), rows[mi], columns);

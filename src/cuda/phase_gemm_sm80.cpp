@@ -317,20 +317,12 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
     fit.refusal = "needs a CUDA device of compute capability 8.0 or later";
     return fit;
   }
-  thread_local Problem cached_problem;
-  thread_local Geometry cached_layer;
-  thread_local bool cached = false;
-  if (!cached || !(cached_problem == problem)) {
-    cached_layer = layer_geometry(problem);
-    cached_problem = problem;
-    cached = true;
-  }
-  if (problem.direction == Direction::forward && problem.batch * volume(problem.input) == 0 &&
-      cached_layer.refusal.empty()) {
+  const Geometry& layer = of_last_problem(problem, layer_geometry);
+  if (problem.direction == Direction::forward && problem.batch * volume(problem.input) == 0 && layer.refusal.empty()) {
     fit.refusal = "empty input";
     return fit;
   }
-  const Geometry g = geometry(problem, device, config, cached_layer);
+  const Geometry g = geometry(problem, device, config, layer);
   if (!g.refusal.empty()) {
     fit.refusal = g.refusal;
     return fit;

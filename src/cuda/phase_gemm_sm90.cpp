@@ -239,15 +239,8 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
     fit.refusal = "needs compute capability 9.0 (wgmma)";
     return fit;
   }
-  thread_local Problem cached_problem;
-  thread_local Geometry cached_layer;
-  thread_local bool cached = false;
-  if (!cached || !(cached_problem == problem)) {
-    cached_layer = layer_geometry(problem);
-    cached_problem = problem;
-    cached = true;
-  }
-  const Geometry g = geometry(problem, device, config, cached_layer);
+  const Geometry& layer = of_last_problem(problem, layer_geometry);
+  const Geometry g = geometry(problem, device, config, layer);
   fit.refusal = g.refusal;
   if (fit && problem.batch * volume(g.forward ? problem.input : output_size(problem)) == 0)
     fit.refusal = "empty source";

@@ -67,6 +67,11 @@ RowTile row_tile(const Problem& problem, const Device& device, int block_m, cons
   return g;
 }
 
+int resident_blocks(const Device& device, int threads, int registers, std::size_t shared_bytes) {
+  const auto by_shared = static_cast<int64_t>(device.shared_memory_per_multiprocessor / (shared_bytes + 1024));
+  return static_cast<int>(std::clamp<int64_t>(std::min<int64_t>(65536 / (registers * threads), by_shared), 1, 12));
+}
+
 std::string row_tile_text(const RowTile& tile, int channels, int words, int warps) {
   std::string text;
   const auto define = [&text](const char* name, const std::string& value) {

@@ -14,6 +14,32 @@ __constant__ int rt_rows_h[] = {RT_ROWS_H};
 constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1;  // channels in a word
 constexpr int kRows = RT_ND * RT_NH;
 
+// Weights in shared memory: for each step of 8 words and 8 columns a lane's two words, rounded as they are used, and with
+// kParts of 2 what rounding left of them.
+template <int kParts>
+__device__ __forceinline__ void write_fragment(unsigned* to, const storage_t (&value)[2]) {
+#if TCONV_DTYPE_f32
+  const float x = widen(value[0]);
+  const unsigned big = to_tf32(x);
+  to[0] = big;
+  if (kParts == 2) to[2] = to_tf32(x - __uint_as_float(big));
+#else
+  to[0] = pack_words(value[0], value[1]);
+#endif
+}
+template <int kTiles, int kParts>
+__device__ __forceinline__ void read_fragment(WeightFragments<kTiles, kParts>& columns, int tile,
+                                              const unsigned* from) {
+  if constexpr (kParts == 2) {
+    const uint4 four = *reinterpret_cast<const uint4*>(from);
+    columns.word[0][2 * tile] = four.x, columns.word[0][2 * tile + 1] = four.y;
+    columns.word[kParts - 1][2 * tile] = four.z, columns.word[kParts - 1][2 * tile + 1] = four.w;
+  } else {
+    const uint2 two = *reinterpret_cast<const uint2*>(from);
+    columns.word[0][2 * tile] = two.x, columns.word[0][2 * tile + 1] = two.y;
+  }
+}
+
 struct RowSource {
   const storage_t* source;  // the sample's and group's first element
   long long plane;          // positions

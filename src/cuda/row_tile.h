@@ -34,6 +34,9 @@ RowTile row_tile(const Problem& problem, const Device& device, int block_m, cons
                  const int (&step)[3], const std::vector<int> (&offset)[3], int words, int residue,
                  std::size_t other_bytes, int width = 0);
 
+// Blocks of `threads` threads that a multiprocessor holds, by registers and shared memory; 1 to 12.
+int resident_blocks(const Device& device, int threads, int registers, std::size_t shared_bytes);
+
 // The definitions that row_tile.cuh reads; `channels`: of a group in the source.
 std::string row_tile_text(const RowTile& tile, int channels, int words, int warps);
 

@@ -188,25 +188,14 @@ std::vector<Unit> units(const Step& step) {
           {"channel_sum.cu", "channel_sum_finish", layer, 32, 0}};
 }
 
-struct Ready : Loaded {
-  Geometry geometry;
-};
-
-void prepare_launch(Step& step) {
-  prepare(step);
-  auto ready = std::make_shared<Ready>();
-  ready->functions = static_cast<const Loaded*>(step.state.get())->functions;
-  ready->geometry = geometry(step.problem, step.device, step.config);
-  step.state = std::shared_ptr<Loaded>(ready);
-}
+void prepare_launch(Step& step) { prepare_with(step, geometry(step.problem, step.device, step.config)); }
 
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
-  const Ready& ready = *static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()));
-  const Geometry& g = ready.geometry;
+  const Geometry& g = prepared<Geometry>(step);
   const Problem& problem = step.problem;
   TapArguments args = tap_arguments(problem, tensors, g, g.shares);
   void* pointers[] = {&args};
-  launch(*ready.functions[0], {static_cast<unsigned>(g.blocks)}, stream, pointers);
+  launch(function(step), {static_cast<unsigned>(g.blocks)}, stream, pointers);
   launch_sums(step, tensors, stream,
               int64_t{problem.groups} * g.blocks_m * g.blocks_n * g.slices * block_floats(step.config, g),
               g.shares * g.warps_k, partial_floats(problem, step.config, g));
