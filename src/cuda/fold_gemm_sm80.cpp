@@ -172,12 +172,6 @@ std::vector<Unit> units(const Step& step) {
   define("FG_WORD_OFFSET", list(offset));
   define("FG_WORD_TAP", list(tap));
   define("FG_WORD_CHANNEL", list(channel));
-  define("FG_TD", g.tile.tile[0]);
-  define("FG_TH", g.tile.tile[1]);
-  define("FG_TW", g.tile.tile[2]);
-  define("FG_STEP_D", g.tile.rows[0].step);
-  define("FG_STEP_H", g.tile.rows[1].step);
-  define("FG_FIRST", "(" + std::to_string(g.tile.first) + ")");
   define("FG_MT", g.lines);
   define("FG_NT", config.block_n / 8);
   define("FG_NBLOCKS", g.n_blocks);

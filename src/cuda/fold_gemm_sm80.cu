@@ -74,17 +74,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, FG_MIN_BLOCKS) fold_gemm(
   int line[FG_MT];
 #pragma unroll
   for (int mi = 0; mi < FG_MT; ++mi) {
-    const int m = (warp * FG_MT + mi) * 16, row = m / FG_TW;
-    line[mi] = (row / FG_TH * (FG_STEP_D * RT_NH) + row % FG_TH * FG_STEP_H) * RT_PITCH + (m % FG_TW + quad) * TCONV_S2;
+    const int m = (warp * FG_MT + mi) * 16, row = m / RT_TW;
+    line[mi] = (row / RT_TH * (RT_STEP_D * RT_NH) + row % RT_TH * RT_STEP_H) * RT_PITCH + (m % RT_TW + quad) * TCONV_S2;
   }
 
 #pragma unroll 1
   for (long long at = share; at < a.num_tiles; at += a.shares) {
     const long long per_sample = (long long)a.tiles_d * a.tiles_h * a.tiles_w, b = at / per_sample;
     unsigned rest = at % per_sample;
-    const int q_w = rest % a.tiles_w * FG_TW;
+    const int q_w = rest % a.tiles_w * RT_TW;
     rest /= a.tiles_w;
-    const int q_h = rest % a.tiles_h * FG_TH, q_d = rest / a.tiles_h * FG_TD;
+    const int q_h = rest % a.tiles_h * RT_TH, q_d = rest / a.tiles_h * RT_TD;
 #if TCONV_CHANNELS_LAST
     const storage_t* grad = a.grad_output + b * a.grad_plane * kGradChannels + group * TCONV_CO;
 #else
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, FG_MIN_BLOCKS) fold_gemm(
 #endif
     __syncthreads();  // all have left the tile before
     load_tile(tile, {grad, a.grad_plane, a.grad_d, a.grad_h, a.grad_w, a.wide}, 0, q_d * TCONV_S0, q_h * TCONV_S1,
-              q_w * TCONV_S2 + FG_FIRST);
+              q_w * TCONV_S2 + RT_FIRST);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
@@ -132,8 +132,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, FG_MIN_BLOCKS) fold_gemm(
     for (int mi = 0; mi < FG_MT; ++mi) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int m = (warp * FG_MT + mi) * 16, row = m / FG_TW;
-        const int d = q_d + row / FG_TH, h = q_h + row % FG_TH, w = q_w + m % FG_TW + quad + half * 8;
+        const int m = (warp * FG_MT + mi) * 16, row = m / RT_TW;
+        const int d = q_d + row / RT_TH, h = q_h + row % RT_TH, w = q_w + m % RT_TW + quad + half * 8;
         const bool there = d < a.input_d && h < a.input_h && w < a.input_w;
         const long long position = ((long long)d * a.input_h + h) * a.input_w + w;
 #pragma unroll

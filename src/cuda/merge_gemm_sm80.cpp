@@ -242,12 +242,6 @@ std::vector<Unit> units(const Step& step) {
   define("MG_TAP", list(tap));
   define("MG_COLUMN", columns);
   define("MG_PAIRS", side_by_side % 2 == 0 ? 1 : 0);
-  define("MG_TD", g.tile.tile[0]);
-  define("MG_TH", g.tile.tile[1]);
-  define("MG_TW", g.tile.tile[2]);
-  define("MG_STEP_D", g.tile.rows[0].step);
-  define("MG_STEP_H", g.tile.rows[1].step);
-  define("MG_FIRST", "(" + std::to_string(g.tile.first) + ")");
   define("MG_MT", g.lines);
   define("MG_NT", config.block_n / 8);
   define("MG_MIN_BLOCKS", g.blocks_per_multiprocessor);

@@ -68,8 +68,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_MIN_BLOCKS) merge_gemm
   int line[MG_MT];
 #pragma unroll
   for (int mi = 0; mi < MG_MT; ++mi) {
-    const int m = (warp * MG_MT + mi) * 16, row = m / MG_TW;
-    line[mi] = (row / MG_TH * (MG_STEP_D * RT_NH) + row % MG_TH * MG_STEP_H) * RT_PITCH + m % MG_TW + quad +
+    const int m = (warp * MG_MT + mi) * 16, row = m / RT_TW;
+    line[mi] = (row / RT_TH * (RT_STEP_D * RT_NH) + row % RT_TH * RT_STEP_H) * RT_PITCH + m % RT_TW + quad +
                quarter * RT_PLANE;
   }
 
@@ -77,9 +77,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_MIN_BLOCKS) merge_gemm
   for (long long at = share; at < a.num_tiles; at += a.shares) {
     const long long per_sample = (long long)a.tiles_d * a.tiles_h * a.tiles_w, b = at / per_sample;
     unsigned rest = at % per_sample;
-    const int q_w = rest % a.tiles_w * MG_TW;
+    const int q_w = rest % a.tiles_w * RT_TW;
     rest /= a.tiles_w;
-    const int q_h = rest % a.tiles_h * MG_TH, q_d = rest / a.tiles_h * MG_TD;
+    const int q_h = rest % a.tiles_h * RT_TH, q_d = rest / a.tiles_h * RT_TD;
 #if TCONV_CHANNELS_LAST
     const storage_t* input = a.input + b * a.input_plane * (TCONV_CI * TCONV_GROUPS) + group * TCONV_CI;
 #else
@@ -97,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_MIN_BLOCKS) merge_gemm
     for (int chunk = 0; chunk < MG_CHUNKS; ++chunk) {
       __syncthreads();  // all have left the tile before
       load_tile(tile, {input, a.input_plane, a.input_d, a.input_h, a.input_w, a.wide}, chunk * (RT_WORDS * kPerWord),
-                q_d, q_h, q_w + MG_FIRST);
+                q_d, q_h, q_w + RT_FIRST);
       copy_async_commit();
       copy_async_wait<0>();
       __syncthreads();
@@ -150,9 +150,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_MIN_BLOCKS) merge_gemm
       for (int mi = 0; mi < MG_MT; ++mi) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int m = (warp * MG_MT + mi) * 16, row = m / MG_TW;
-          const int od = (q_d + row / MG_TH) * TCONV_S0, oh = (q_h + row % MG_TH) * TCONV_S1;
-          const int ow = (q_w + m % MG_TW + quad + half * 8) * TCONV_S2;
+          const int m = (warp * MG_MT + mi) * 16, row = m / RT_TW;
+          const int od = (q_d + row / RT_TH) * TCONV_S0, oh = (q_h + row % RT_TH) * TCONV_S1;
+          const int ow = (q_w + m % RT_TW + quad + half * 8) * TCONV_S2;
           const long long position = ((long long)od * a.output_h + oh) * a.output_w + ow;
           output_t value[2];
           bool there[2];

@@ -80,6 +80,12 @@ std::string row_tile_text(const RowTile& tile, int channels, int words, int warp
   define("RT_CHANNELS", std::to_string(channels));
   define("RT_WORDS", std::to_string(words));
   define("RT_WARPS", std::to_string(warps));
+  define("RT_TD", std::to_string(tile.tile[0]));
+  define("RT_TH", std::to_string(tile.tile[1]));
+  define("RT_TW", std::to_string(tile.tile[2]));
+  define("RT_STEP_D", std::to_string(tile.rows[0].step));
+  define("RT_STEP_H", std::to_string(tile.rows[1].step));
+  define("RT_FIRST", "(" + std::to_string(tile.first) + ")");
   define("RT_ND", std::to_string(tile.rows[0].relative.size()));
   define("RT_NH", std::to_string(tile.rows[1].relative.size()));
   define("RT_ROWS_D", list(tile.rows[0].relative));

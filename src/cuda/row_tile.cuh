@@ -1,9 +1,10 @@
 // row_tile.cuh — staging the source of a tile row by row as it lies in memory: words of channels in planes, columns in
 // order. For fold_gemm_sm80 and merge_gemm_sm80.
 //
-// From the prelude: RT_CHANNELS (of a group in the source), RT_WORDS (words of channels staged at once), RT_ND RT_NH (rows)
-// and RT_ROWS_D RT_ROWS_H (their places relative to the tile's first), RT_COLUMNS, RT_PITCH RT_PLANE (words between rows and
-// between words of channels), RT_WARPS.
+// From the prelude: RT_CHANNELS (of a group in the source), RT_WORDS (words of channels staged at once), RT_TD RT_TH RT_TW
+// (positions of a tile), RT_ND RT_NH (its rows), RT_STEP_D RT_STEP_H (rows from one position to the next) and RT_ROWS_D
+// RT_ROWS_H (their places relative to the tile's first), RT_FIRST RT_COLUMNS (its columns), RT_PITCH RT_PLANE (words between
+// rows and between words of channels), RT_WARPS.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "mma_sm80.cuh"
