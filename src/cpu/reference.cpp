@@ -17,9 +17,10 @@ namespace tconv::cpu {
 namespace {
 
 double tconv_exp(double x) { return std::exp(x); }
-double tconv_erf(double x) { return std::erf(x); }
 double tconv_tanh(double x) { return std::tanh(x); }
 double tconv_log1p(double x) { return std::log1p(x); }
+double tconv_normal_cdf(double x) { return 0.5 * std::erfc(x * -0.70710678118654752440); }
+double tconv_tanh_softplus(double x) { return std::tanh(x > 20 ? x : std::log1p(std::exp(x))); }
 
 struct Derivatives {
   double value, d_x, d_v;

@@ -212,6 +212,19 @@ TCONV_LANEWISE(tconv_tanh, ::tanh)
 TCONV_LANEWISE(tconv_log1p, ::log1p)
 #undef TCONV_LANEWISE
 
+// tanh(softplus(x)) = n / (n + 2) with n = e (e + 2), e = exp(x); 1 beyond 20.
+#define TCONV_COMPOSED(V, S)                                                        \
+  TCONV_INLINE V tconv_normal_cdf(V x) {                                            \
+    return (tconv_erf(x * static_cast<S>(0.70710678118654752440)) + S(1)) * S(0.5); \
+  }                                                                                 \
+  TCONV_INLINE V tconv_tanh_softplus(V x) {                                         \
+    const V e = tconv_exp(x > splat(S(20)) ? splat(S(20)) : x), n = e * (e + S(2)); \
+    return n / (n + S(2));                                                          \
+  }
+TCONV_COMPOSED(VecF, float)
+TCONV_COMPOSED(VecD, double)
+#undef TCONV_COMPOSED
+
 // ---- Rows: n elements of a dtype to and from arithmetic type S --------------------------------------------------------
 
 typedef uint16_t VecH __attribute__((vector_size(kVecBytes / 2)));
