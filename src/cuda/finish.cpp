@@ -6,6 +6,7 @@
 
 #include "driver.h"
 #include "finish_prelude.h"
+#include "tile_geometry.h"
 
 namespace tconv::cuda {
 namespace {
@@ -25,7 +26,7 @@ struct Arguments {
   void* rstd;
   void* partial;
   void* sums;
-  long long batch, channels, positions, groups, statistics, chunk, chunks, lanes, packed;
+  long long batch, channels, positions, groups, statistics, chunk, chunks, lanes, mergers, packed;
 };
 
 // Neither the number of channels nor any size is compiled in, so that one program serves all layers with this chain.
@@ -78,6 +79,15 @@ Sums sums_of(const Epilogue& epilogue) {
   return sums;
 }
 
+// Elements that a thread takes at once. In channels_last each is a channel with registers of its own.
+int64_t pack_of(const Problem& problem, const Epilogue& epilogue) {
+  const int64_t most = 16 / static_cast<int64_t>(size_of(problem.dtype));
+  if (problem.layout == Layout::contiguous) return most;
+  if (problem.direction != Direction::grad_epilogue) return std::min<int64_t>(most, 4);
+  const std::size_t sums = sums_of(epilogue).slots.size();
+  return std::min<int64_t>(sums > 8 ? 1 : sums > 4 ? 2 : 4, size_of(problem.dtype) == 2 ? 4 : most / 2);
+}
+
 std::vector<Unit> units(const Step& step) {
   const std::string text = finish_prelude(step);
   const int norm = norm_number(step.epilogue);
@@ -103,8 +113,6 @@ std::vector<Unit> units(const Step& step) {
   if (!sums_of(step.epilogue).slots.empty()) add("finish_channel_sums");
   return list;
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Geometry {
   Arguments arguments{};
@@ -133,14 +141,14 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
   const int64_t wanted_blocks = 8 * 8 * std::max(device.multiprocessors, 1);
   a.lanes = kThreads;
   int64_t rows, least;
+  const int64_t pack = pack_of(problem, epilogue);
   if (channels_last) {
-    const int64_t tiles = std::max<int64_t>(ceil_div(a.channels, kThreads), 1);
-    rows = a.batch * tiles;
-    const int64_t columns = std::min<int64_t>(std::max<int64_t>(a.channels, 1), kThreads);
-    least = 8 * 2 * (kThreads / columns);
+    const int64_t packs = std::max<int64_t>(ceil_div(a.channels, pack), 1),
+                  columns = std::min<int64_t>(packs, kThreads);
+    rows = a.batch * ceil_div(packs, kThreads);
+    least = 2 * 4 * (kThreads / columns);
   } else {
     rows = a.batch * a.channels;
-    const int64_t pack = 16 / static_cast<int64_t>(size_of(problem.dtype));
     least = 2 * 2 * pack * kThreads;
     while (a.lanes > 8 && a.lanes * pack > a.positions) a.lanes /= 2;
     if (a.lanes < kThreads && a.lanes > 32) a.lanes = 32;  // between a warp and the block there is nothing
@@ -202,9 +210,17 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   constexpr double kLaunch = 2.5;    // microseconds
   constexpr double kReached = 0.85;  // of the copy bandwidth
   double microseconds = elements * bytes / (kReached * device.bandwidth_tbs * 1e6);
-  // group_norm of 16-bit tensors is bound by instructions: S4's takes 1.95 ms on an H100 (`tconv time`).
-  if (norm == 1 && !gradient && size_of(problem.dtype) == 2)
-    microseconds = std::max(microseconds, elements / (2.1e3 * device.multiprocessors));
+  if (norm == 1 && !gradient) {
+    // Each of the two passes is bound by memory or by instructions, which compute what stands before the norm in both.
+    // Picoseconds per element on 132 multiprocessors, fitted to chains on an H200.
+    double math = 0;
+    for (int i = 0; i < norm_index(epilogue); ++i) math += math_of(epilogue.ops[static_cast<std::size_t>(i)].kind);
+    const double scale = 132.0 / std::max(device.multiprocessors, 1);
+    const double reads = static_cast<double>(size_of(problem.dtype)) / (kReached * device.bandwidth_tbs);
+    const double rest = microseconds * 1e6 / std::max(elements, 1.0) - reads;
+    microseconds = elements * 1e-6 *
+                   (std::max(reads, (0.65 + 0.021 * math) * scale) + std::max(rest, (1.15 + 0.008 * math) * scale));
+  }
   fit.microseconds = kLaunch * launches + microseconds;
   fit.workspace_bytes = g.partial_bytes + 2 * g.statistic_bytes + g.sum_bytes;
   fit.fused_ops = static_cast<int>(epilogue.ops.size());
@@ -231,7 +247,8 @@ void launch(const Step& step, const Tensors& tensors, Stream stream) {
   a.mean = tensors.mean ? tensors.mean : workspace + g.partial_bytes;
   a.rstd = tensors.rstd ? tensors.rstd : workspace + g.partial_bytes + g.statistic_bytes;
   a.sums = workspace + g.partial_bytes + 2 * g.statistic_bytes;
-  a.packed = aligned(a.input) && aligned(a.output) && (!gradient || aligned(a.grad_output));
+  a.packed = aligned(a.input) && aligned(a.output) && (!gradient || aligned(a.grad_output)) &&
+             (problem.layout == Layout::contiguous || a.channels % pack_of(problem, epilogue) == 0);
 
   std::array<const void*, kMaxOperands> operands = tensors.operands;
   std::array<void*, kMaxOperands> grad_operands = tensors.grad_operands;
@@ -241,14 +258,19 @@ void launch(const Step& step, const Tensors& tensors, Stream stream) {
     cuda::launch(function(step, next++), {static_cast<unsigned>(blocks), 1, 1}, stream, arguments);
   };
   auto skip = [&] { ++next; };
-  const int64_t warps = kThreads / 32;
+  // Threads per sum: a warp, or a block where each of a warp's lanes would have more than eight.
+  auto merge = [&](int64_t sums, int64_t pieces) {
+    a.mergers = pieces > 256 ? kThreads : 32;
+    enqueue(ceil_div(sums, kThreads / a.mergers));
+  };
+  const int64_t of_group = a.channels / a.groups * a.chunks;
   if (norm == 1) {
     if (given) {
       skip();
       skip();
     } else {
       enqueue(g.row_blocks);
-      enqueue(ceil_div(a.statistics, warps));
+      merge(a.statistics, of_group);
     }
   } else if (norm == 2) {
     given ? skip() : enqueue(g.position_blocks);
@@ -259,13 +281,13 @@ void launch(const Step& step, const Tensors& tensors, Stream stream) {
   }
   if (norm == 1) {
     enqueue(g.row_blocks);
-    enqueue(ceil_div(a.statistics, warps));
+    merge(a.statistics, of_group);
   } else if (norm == 2) {
     enqueue(g.position_blocks);
   }
   enqueue(g.row_blocks);
   const auto sums = static_cast<int64_t>(sums_of(epilogue).slots.size());
-  if (sums > 0) enqueue(ceil_div(sums * a.channels, warps));
+  if (sums > 0) merge(sums * a.channels, a.batch * a.chunks);
 }
 
 }  // namespace
@@ -290,6 +312,7 @@ std::string finish_prelude(const Step& step) {
   auto define = [&](const char* name, const std::string& value) {
     text += std::string("#define ") + name + " " + value + "\n";
   };
+  define("TCONV_PACK", std::to_string(pack_of(step.problem, epilogue)));
   define("TCONV_NORM", std::to_string(norm_number(epilogue)));
   if (norm >= 0) {
     const Op& op = epilogue.ops[static_cast<std::size_t>(norm)];
