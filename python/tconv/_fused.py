@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ._core import Entry, Geometry
 
 _entries: dict = {}
 _STATISTICS = {torch.float64: torch.float64}
+_MAX_OPERANDS = 16  # kMaxOperands of tconv.h
 
 
 class FusedEntry(Entry):
@@ -316,6 +317,32 @@ def chain_backward(
     return [result, *(g.to(t.dtype) if want else g for g, t, want in zip(grads, operands, wanted))]
 
 
+def chain_backward_with_bias(
+    backward: Callable[..., List[Tensor]],
+    raw: Tensor,
+    grad_output: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    operands: Sequence[Tensor],
+    chain: str,
+    rank: int,
+    wanted: Sequence[bool],
+) -> Tuple[Tensor, Optional[Tensor], List[Tensor]]:
+    """Gradients of ``raw``, of the bias, which ``raw`` contains, and of the operands.
+
+    The bias's is that of one more operand, a zero that is added to ``raw``: the pass that writes the gradient of
+    ``raw`` adds it up too, and nothing reads it again for that. None where the chain has no room for another operand.
+    """
+    if len(operands) >= _MAX_OPERANDS:
+        grad, *grads = backward(raw, grad_output, mean, rstd, operands, chain, rank, wanted)
+        return grad, None, grads
+    zero = raw.new_zeros(raw.shape[-rank - 1], dtype=_operand_dtype(chain, operands, raw.dtype) or raw.dtype)
+    grad, bias, *grads = backward(
+        raw, grad_output, mean, rstd, [zero, *operands], "add_channel " + chain, rank, [True, *wanted]
+    )
+    return grad, bias.to(raw.dtype), grads
+
+
 def pre_backward(x: Tensor, grad: Tensor, chain: str, rank: int) -> Tensor:
     """Gradient of the operations before the convolution."""
     empty = x.new_empty(0)
@@ -347,17 +374,23 @@ class FusedConvTranspose(Function):
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, grad, x, w, bias, operands)
         grads: List[Optional[Tensor]] = [None] * len(operands)
-        if ctx.has_ops:
-            grad, *of_operands = chain_backward(raw, grad, mean, rstd, operands, chain, geom.rank, wanted)
-            grads = [g if want else None for g, want in zip(of_operands, wanted)]
         grad_x = grad_w = grad_bias = None
+        if ctx.has_ops:
+            of_chain = (raw, grad, mean, rstd, operands, chain, geom.rank, wanted)
+            if need_bias:
+                grad, grad_bias, of_operands = chain_backward_with_bias(chain_backward, *of_chain)
+            else:
+                grad, *of_operands = chain_backward(*of_chain)
+            grads = [g if want else None for g, want in zip(of_operands, wanted)]
+        need_bias = need_bias and grad_bias is None
         pre = _pre_only(chain)
         if need_x:
             grad_x = _core.grad_input(geom, grad, w, x.shape[-geom.rank :])
             if pre:
                 grad_x = pre_backward(x, grad_x, chain, geom.rank)
         if need_w:
-            grad_w, grad_bias = _core.grad_weight(geom, x, grad, w.shape[2:], need_bias, pre)
+            grad_w, sum_of_grad = _core.grad_weight(geom, x, grad, w.shape[2:], need_bias, pre)
+            grad_bias = sum_of_grad if need_bias else grad_bias
         elif need_bias:
             grad_bias = _autograd.bias_gradient(grad, geom.rank)
         return (grad_x, grad_w, grad_bias, None, None, *grads)
@@ -512,12 +545,16 @@ def _training_backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> Any:
     need_x, need_w, need_bias, need_operands = ctx.needs_input_grad[:4]
     wanted = list(need_operands) if isinstance(need_operands, (list, tuple)) else [bool(need_operands)] * ctx.count
     grads: List[Optional[Tensor]] = [None] * ctx.count
+    grad_x = grad_w = grad_bias = None
     if _chain.parse(chain)[1]:
-        grad, *rest = torch.ops.tconv.chain_backward(raw, grad, mean, rstd, operands, chain, rank, wanted)
+        of_chain = (raw, grad, mean, rstd, operands, chain, rank, wanted)
+        if need_bias:
+            grad, grad_bias, rest = chain_backward_with_bias(torch.ops.tconv.chain_backward, *of_chain)
+        else:
+            grad, *rest = torch.ops.tconv.chain_backward(*of_chain)
         grads = [g if want else None for g, want in zip(rest, wanted)]
     assert grad is not None
     pre = _pre_only(chain)
-    grad_x = grad_w = grad_bias = None
     if need_x:
         grad_x = _ops.grad_input(grad, w, x.shape[-rank:], geom)
         if pre:
@@ -526,7 +563,7 @@ def _training_backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> Any:
     if need_w:
         activated = torch.ops.tconv.apply_pre(x, chain, rank) if pre else x
         grad_w = _ops.grad_weight(activated, grad, w.shape[2:], geom)
-    if need_bias:
+    if need_bias and grad_bias is None:
         grad_bias = _autograd.bias_gradient(grad, rank)
     return (grad_x, grad_w, grad_bias, grads, None, *(None,) * 6)
 
