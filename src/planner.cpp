@@ -186,6 +186,10 @@ class Planner {
     Candidate candidate{std::string(kernel.name), config, fit, false};
     if (fit) {
       Price price = price_of({&kernel, config, fit}, offered);
+      if (Price bare = bare_price(kernel, config); bare.microseconds < price.microseconds) {
+        price = std::move(bare);
+        candidate.fit.fused_ops = 0;
+      }
       candidate.fit.microseconds = price.microseconds;
       candidate.measured = !measured_.name.empty() && measured_.admits(kernel) && measured_.admits(config);
       if (candidate.measured || (!is_measured_ && price.microseconds < price_.microseconds)) {
@@ -195,6 +199,19 @@ class Planner {
       }
     }
     plan_.candidates.push_back(std::move(candidate));
+  }
+
+  // Where a norm needs a pass of its own anyway, what stands before it may cost less there than in the convolution, whose
+  // few storing warps have other things to do. CUDA only: on the CPU the chain is applied to what lies in the cache.
+  Price bare_price(const Kernel& kernel, const Config& config) {
+    Epilogue bare = offer();
+    if (plan_.device.backend != Backend::cuda || !is_convolution(plan_.problem.direction) || bare.ops.empty() ||
+        norm_index(bare) < 1)
+      return {};
+    bare.ops.clear();
+    bare.output_dtype.reset();
+    const Fit fit = kernel.fit(simple_, bare, plan_.device, config);
+    return fit ? price_of({&kernel, config, fit}, bare) : Price{};
   }
 
   Price price_of(Choice conv, Epilogue offered) {

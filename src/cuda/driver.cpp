@@ -46,6 +46,9 @@ Libcuda open_libcuda() {
   TCONV_LIBCUDA(TCONV_FIND)
 #undef TCONV_FIND
   cuda.tensor_map = reinterpret_cast<decltype(cuda.tensor_map)>(dlsym(handle, "cuTensorMapEncodeTiled"));
+  cuda.active_clusters =
+      reinterpret_cast<decltype(cuda.active_clusters)>(dlsym(handle, "cuOccupancyMaxActiveClusters"));
+  cuda.launch_with = reinterpret_cast<decltype(cuda.launch_with)>(dlsym(handle, "cuLaunchKernelEx"));
   if (cuda.driver_version_of) cuda.driver_version_of(&cuda.driver_version);
   if (!missing.empty() || cuda.driver_version < kOldestDriver) {
     cuda.failure = "CUDA: the NVIDIA driver is too old: found one for CUDA " + version_text(cuda.driver_version) +
@@ -114,6 +117,8 @@ std::shared_ptr<const Function> load_now(const Unit& unit, const Device& device)
   function->device = device.index;
   function->shared_bytes = unit.shared_bytes;
   function->threads = unit.threads;
+  // Stream capture knows early starts since CUDA 12.3, devices since 9.0.
+  function->starts_early = cuda.launch_with && cuda.driver_version >= 12030 && device.compute_capability >= 90;
   CUfunction handle = nullptr;
   check(cuda.module_function(&handle, module.handle, unit.entry.c_str()), "cuModuleGetFunction of " + unit.entry);
   function->handle = handle;
@@ -214,6 +219,41 @@ void launch(const Function& function, Grid grid, Stream stream, void* const* arg
                          static_cast<unsigned>(function.threads), 1, 1, static_cast<unsigned>(function.shared_bytes),
                          static_cast<CUstream>(stream.handle), const_cast<void**>(args), nullptr),
         "cuLaunchKernel");
+}
+
+namespace {
+
+LaunchConfig config_of(const Function& function, Grid grid) {
+  LaunchConfig config;
+  config.grid[0] = grid.x, config.grid[1] = grid.y, config.grid[2] = grid.z;
+  config.block[0] = static_cast<unsigned>(function.threads);
+  config.shared_bytes = static_cast<unsigned>(function.shared_bytes);
+  return config;
+}
+
+}  // namespace
+
+void launch_behind(const Function& function, Grid grid, Stream stream, void* const* args) {
+  if (!function.starts_early) return launch(function, grid, stream, args);
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  Current current(function.device);
+  LaunchAttribute attribute;
+  LaunchConfig config = config_of(function, grid);
+  config.stream = static_cast<CUstream>(stream.handle);
+  config.attributes = &attribute;
+  config.num_attributes = 1;
+  check(libcuda().launch_with(&config, static_cast<CUfunction>(function.handle), const_cast<void**>(args), nullptr),
+        "cuLaunchKernelEx");
+}
+
+int active_clusters(const Function& function, int blocks) {
+  Current current(function.device);
+  const LaunchConfig config = config_of(function, {static_cast<unsigned>(blocks)});
+  int clusters = 0;
+  if (libcuda().active_clusters)
+    check(libcuda().active_clusters(&clusters, static_cast<CUfunction>(function.handle), &config),
+          "cuOccupancyMaxActiveClusters");
+  return clusters;
 }
 
 void fill_zero(const Device& device, void* pointer, std::size_t bytes, Stream stream) {

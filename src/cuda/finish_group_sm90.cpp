@@ -14,13 +14,13 @@ namespace {
 
 using std::int64_t;
 
-constexpr int kThreads = 1024, kBlocks = 8;  // of a cluster
-constexpr int kMostKept = 13;                // packs of 16 bytes a thread in shared memory: 208 KB
+constexpr int kThreads = 512, kBlocks = 8;  // of a cluster
+constexpr int kMostKept = 26;               // packs of 16 bytes a thread in shared memory: 208 KB
 constexpr Config kConfigs[] = {{0, 0, 0, 0, kThreads / 32, 0}};
 
 struct Geometry {
   int64_t positions = 0, group_packs = 0, block_packs = 0, statistics = 0;
-  int kept = 0;
+  int kept = 0, clusters = 1;
 };
 
 Geometry geometry(const Problem& problem, const Epilogue& epilogue) {
@@ -69,17 +69,23 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   const int64_t excess = std::max<int64_t>(0, g.group_packs - int64_t{kBlocks} * kThreads * kMostKept) * 16;
   const double again = static_cast<double>(excess) / (16.0 * static_cast<double>(g.group_packs));
   bytes += input * again * (16 * excess < (int64_t{24} << 20) ? 0.3 : 1.0);
-  for (const Op& op : epilogue.ops)
+  // Picoseconds per element on 132 multiprocessors, fitted to chains on an H200: 16-bit norms are bound by instructions, and
+  // what stands before the norm is computed twice (fp32: once, its result is kept).
+  double math = input == 2 ? 1.45 : 0;
+  for (std::size_t i = 0; i < epilogue.ops.size(); ++i) {
+    const Op& op = epilogue.ops[i];
     if (operand_kind(op.kind) == OperandKind::tensor) bytes += input;
+    const bool twice = input == 2 && static_cast<int>(i) < norm_index(epilogue);
+    math += math_of(op.kind) * (twice ? 0.030 : 0.015);
+  }
+  math *= 132.0 / device.multiprocessors;
   const double elements = static_cast<double>(g.statistics) * static_cast<double>(g.group_packs * pack);
   const double clusters = device.multiprocessors / kBlocks;
   const double waves =
       std::ceil(static_cast<double>(g.statistics) / clusters) * clusters / static_cast<double>(g.statistics);
-  // 0.74 of the copy bandwidth in fp32 on an H100, because the blocks of a cluster read, wait and write together; 16-bit
-  // layers are bound by instructions, about 2.7 elements a nanosecond and multiprocessor.
-  fit.microseconds =
-      4 +
-      elements * waves * std::max(bytes / (0.74 * device.bandwidth_tbs * 1e6), 1 / (2.7e3 * device.multiprocessors));
+  // 0.7 of the copy bandwidth: three quarters of the clusters that there could be run at a time, and they wait together.
+  const double memory = bytes / (0.7 * device.bandwidth_tbs);
+  fit.microseconds = 4 + elements * 1e-6 * waves * (std::max(memory, math) + 0.2 * std::min(memory, math));
   fit.workspace_bytes = 2 * static_cast<std::size_t>(g.statistics) * 4;
   fit.fused_ops = static_cast<int>(epilogue.ops.size());
   fit.fused_pre = true;
@@ -90,9 +96,19 @@ std::vector<Unit> units(const Step& step) {
   return {{"finish_group_sm90.cu", "finish_group", finish_prelude(step), kThreads, kSharedBytes}};
 }
 
+// As many clusters as run at a time: one more would begin when all others have ended.
+void prepare_launch(Step& step) {
+  Geometry g = geometry(step.problem, step.epilogue);
+  prepare(step);
+  const int active = active_clusters(function(step), kBlocks);
+  const int64_t most = active > 0 ? active : step.device.multiprocessors / kBlocks;
+  g.clusters = static_cast<int>(std::max<int64_t>(1, std::min(g.statistics, most)));
+  prepare_with(step, g);
+}
+
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   const Problem& problem = step.problem;
-  const Geometry g = geometry(problem, step.epilogue);
+  const Geometry& g = prepared<Geometry>(step);
   struct {
     const void* input;
     void* output;
@@ -100,7 +116,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     void* mean;
     void* rstd;
     int channels, groups;
-    unsigned positions;
+    unsigned positions, statistics;
     int group_packs, block_packs, kept, packed;
   } args{};
   auto* workspace = static_cast<float*>(tensors.workspace);
@@ -110,6 +126,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   args.mean = tensors.mean ? tensors.mean : workspace;
   args.rstd = tensors.rstd ? tensors.rstd : workspace + g.statistics;
   args.positions = static_cast<unsigned>(g.positions);
+  args.statistics = static_cast<unsigned>(g.statistics);
   args.channels = static_cast<int>(problem.out_channels);
   args.groups = static_cast<int>(step.epilogue.ops[static_cast<std::size_t>(norm_index(step.epilogue))].num_groups);
   args.group_packs = static_cast<int>(g.group_packs);
@@ -119,12 +136,12 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
       reinterpret_cast<std::uintptr_t>(args.input) % 16 == 0 && reinterpret_cast<std::uintptr_t>(args.output) % 16 == 0;
   std::array<const void*, kMaxOperands> operands = tensors.operands;
   void* pointers[] = {&args, operands.data()};
-  launch(function(step), {static_cast<unsigned>(g.statistics * kBlocks)}, stream, pointers);
+  launch(function(step), {static_cast<unsigned>(g.clusters * kBlocks)}, stream, pointers);
 }
 
 }  // namespace
 
 extern const Kernel finish_group_sm90;
-const Kernel finish_group_sm90{"finish_group_sm90", kConfigs, fit, units, prepare, launch_step};
+const Kernel finish_group_sm90{"finish_group_sm90", kConfigs, fit, units, prepare_launch, launch_step};
 
 }  // namespace tconv::cuda

@@ -43,7 +43,21 @@ using CUdeviceptr = unsigned long long;
   X(cuEventSynchronize, event_wait)           \
   X(cuEventElapsedTime, event_elapsed)
 
-// Every function returns a CUresult: 0 is success. tensor_map is null before CUDA 12.0; all others are always there.
+// As the driver lays them out.
+struct LaunchAttribute {
+  int id = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+  int padding = 0;
+  int value[16] = {1};
+};
+struct LaunchConfig {
+  unsigned grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, shared_bytes = 0;
+  CUstream stream = nullptr;
+  void* attributes = nullptr;
+  unsigned num_attributes = 0;
+};
+
+// Every function returns a CUresult: 0 is success. tensor_map is null before CUDA 12.0, active_clusters and launch_with
+// before 11.8; all others are always there.
 struct Libcuda {
   std::string failure;  // empty: usable
   int driver_version = 0;
@@ -76,6 +90,8 @@ struct Libcuda {
   int (*event_elapsed)(float*, void*, void*) = nullptr;
   int (*tensor_map)(void*, int, unsigned, void*, const std::uint64_t*, const std::uint64_t*, const unsigned*,
                     const unsigned*, int, int, int, int) = nullptr;
+  int (*active_clusters)(int*, CUfunction, const LaunchConfig*) = nullptr;
+  int (*launch_with)(const LaunchConfig*, CUfunction, void**, void**) = nullptr;
 };
 
 // Opened at the first call. The first form throws std::runtime_error when the driver is missing or too old.

@@ -11,7 +11,7 @@ namespace tconv::cuda::ring {
 namespace {
 
 constexpr int kMaxStagedRows = 512;  // of a tile; their table takes 4 bytes each
-constexpr int kStaticBytes = 1024;   // barriers; what follows is aligned to as much
+constexpr int kStaticBytes = 1024;   // barriers, 16 bytes a stage and 320 others; what follows is aligned to as much
 constexpr int kMaxWidthPhases = 16;
 constexpr int kMaxTaps = 4096;           // tables in constant memory
 constexpr int kMaxStages = 4;            // of positions
@@ -171,25 +171,6 @@ struct Cost {
   }
 };
 
-// Instructions of an operation, about.
-double math_of(OpKind kind) {
-  switch (kind) {
-    case OpKind::mish:
-      return 110;
-    case OpKind::gelu:
-    case OpKind::gelu_tanh:
-    case OpKind::tanh:
-    case OpKind::softplus:
-      return 50;
-    case OpKind::elu:
-    case OpKind::silu:
-    case OpKind::sigmoid:
-      return 25;
-    default:
-      return is_norm(kind) ? 0 : 4;
-  }
-}
-
 Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& config, const Geometry& g) {
   const double passes = static_cast<double>(g.passes.size());
   const double share = splits_passes(config) ? 1.0 / passes : 1.0;
@@ -219,8 +200,8 @@ Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& con
   const bool wide = config.warps - config.stages >= 17;  // eight warps store
   const bool narrow = size_of(epilogue.output_dtype.value_or(problem.dtype)) == 2;
   const double result = narrow && last ? 0.16 : 0.45;
-  cost.store =
-      results * (result + math / 90.0) * (wide ? 1.0 : 1.12) + 576.0 * passes * share * ceil_div(g.columns, g.part);
+  cost.store = results * (result + math / (narrow && last ? 130.0 : 90.0)) * (wide ? 1.0 : 1.12) +
+               576.0 * passes * share * ceil_div(g.columns, g.part);
   return cost;
 }
 
@@ -321,7 +302,10 @@ bool lay_out(const Problem& problem, const Device& device, const Config& config,
     g.stages = static_cast<int>(std::min<int64_t>(fitting, kMaxStages));
     // Chunks that stay for all passes are given back together.
     g.resident = (splits_passes(config) ? 1 : g.live_passes) > 1 && fitting > g.chunks;
-    if (g.resident) g.stages = static_cast<int>(std::min<int64_t>(fitting, std::max(2 * g.chunks, 2)));
+    // 1024 bytes hold the barriers of so many stages.
+    const int64_t most = (kStaticBytes - 320) / 16 - g.weight_stages;
+    g.resident = g.resident && most > g.chunks;
+    if (g.resident) g.stages = static_cast<int>(std::min<int64_t>({fitting, std::max(2 * g.chunks, 2), most}));
     g.shared_bytes = static_cast<std::size_t>(g.stages * stage_bytes + used + fixed - (g.tensor ? 0 : 4 * rows));
     return true;
   }
