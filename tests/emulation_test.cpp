@@ -112,9 +112,10 @@ std::string program(const Problem& problem, const Step& step, int offset) {
        << kernel << "template <> float emulated_narrow<float>(float x) { return x; }\n"
        << "template <> f16_t emulated_narrow<f16_t>(float x) { return {emulated_f16_of(x)}; }\n"
        << "template <> bf16_t emulated_narrow<bf16_t>(float x) { return {emulated_bf16_of(x)}; }\n"
-       << "#define RG_ENTRY_TAP " << definition(packing, "RG_ENTRY_TAP") << "\n#define RG_PACK_SOURCE "
-       << definition(packing, "RG_PACK_SOURCE") << "\nnamespace pack {\n"
-       << packing.substr(packing.find("__constant__ int rg_entry_begin")) << "}\n"
+       << "#define RG_ENTRY_TAP " << definition(packing, "RG_ENTRY_TAP") << "\n#define RG_ENTRY_PASS "
+       << definition(packing, "RG_ENTRY_PASS") << "\n#define RG_ENTRY_COUNT " << definition(packing, "RG_ENTRY_COUNT")
+       << "\n#define RG_PACK_SOURCE " << definition(packing, "RG_PACK_SOURCE") << "\nnamespace pack {\n"
+       << packing.substr(packing.find("__constant__ int rg_entry_pass")) << "}\n"
        << "#define EMULATED_BATCH " << problem.batch << "\n#define EMULATED_OFFSET " << offset
        << "\n#define EMULATED_INPUT " << list(problem.input) << "\n#define EMULATED_OUTPUT "
        << list(output_size(problem)) << "\n#include \"ring_gemm_emulation.h\"\n";

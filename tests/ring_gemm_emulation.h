@@ -58,14 +58,16 @@ int main() {
             ((RG_ROW_BLOCKS + RG_ROW_GROUPS - 1) / RG_ROW_GROUPS) * (RG_PASS_PER_ITEM ? RG_NUM_PASSES : 1);
   constexpr int kUnit = 16 / sizeof(storage_t), kWide = 16 / sizeof(output_t);
   alignas(16) static unsigned packed[TCONV_GROUPS * RG_ROW_BLOCKS * RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64];
-  constexpr unsigned kPackBlocks = TCONV_GROUPS * RG_ROW_BLOCKS * RG_CHUNKS * (RG_KC / 4);
+  constexpr unsigned kPackBlocks = TCONV_GROUPS * RG_ROW_BLOCKS * RG_CHUNKS * ((RG_KC / 4 + 3) / 4);
 #if RG_PACK_SOURCE
   constexpr long long kChannels = RG_CHUNKS * RG_KC * 4 / sizeof(storage_t);
   std::vector<uint4> copy(
       static_cast<std::size_t>(batch * TCONV_GROUPS * source_plane * kChannels * sizeof(storage_t) / 16));
-  pack::SourcePack source_pack{
-      x.first, copy.data(), a.source_image, a.source_inner, source_plane, static_cast<int>((source_plane + 63) / 64),
-      0};
+  const bool pairs = source_plane % 2 == 0 && reinterpret_cast<std::uintptr_t>(x.first) % 4 == 0;
+  pack::SourcePack source_pack{x.first,        copy.data(),
+                               a.source_image, a.source_inner,
+                               source_plane,   static_cast<int>((source_plane + pack::kTile - 1) / pack::kTile),
+                               pairs,          0};
   source_pack.blocks = static_cast<unsigned>(batch * TCONV_GROUPS * source_pack.tiles * RG_CHUNKS);
   emulated_launch(3, 256, 1, [&] { pack::ring_gemm_pack(w.data(), packed, kPackBlocks, 0, 1, source_pack); });
 #else

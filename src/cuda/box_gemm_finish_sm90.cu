@@ -19,6 +19,7 @@ extern "C" __global__ void __launch_bounds__(BW_FINISH_THREADS, 1024 / BW_FINISH
   constexpr int kAllInputs = (TCONV_CI + kInputs - 1) / kInputs, kAllOutputs = TCONV_CO / kOutputs;
   const int co0 = blockIdx.x % kAllOutputs * kOutputs, ci0 = blockIdx.x / kAllOutputs % kAllInputs * kInputs;
   const int group = blockIdx.x / (kAllOutputs * kAllInputs), lane = threadIdx.x % 32;
+  wait_for_kernel_before();  // multiplies
 #pragma unroll 1
   for (int first = 0; first < kTaps; first += kChunk) {
     const int count = kTaps - first < kChunk ? kTaps - first : kChunk;

@@ -510,7 +510,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   args.shares = g.shares;
   args.num_tiles = g.num_tiles;
   void* pointers[] = {&args};
-  launch(function(step), {static_cast<unsigned>(g.blocks)}, stream, pointers);
+  launch_behind(function(step), {static_cast<unsigned>(g.blocks)}, stream, pointers);
   if (!by_fragments(problem, g)) {
     launch_sums(step, tensors, stream, g.blocks / g.shares * block_floats(g), g.shares, partial_floats(g));
     return;
@@ -521,7 +521,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   void* sums[] = {&partial, &grad_weight, &shares};
   const int64_t inputs = ceil_div(problem.in_channels / problem.groups, g.input_rows ? 16 : 8);
   const int64_t outputs = problem.out_channels / problem.groups / (g.input_rows ? 8 : 16);
-  launch(function(step, 1), {static_cast<unsigned>(problem.groups * inputs * outputs)}, stream, sums);
+  launch_behind(function(step, 1), {static_cast<unsigned>(problem.groups * inputs * outputs)}, stream, sums);
   launch_bias_sums(step, tensors, stream, partial_floats(g));
 }
 

@@ -92,6 +92,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) box_gemm_grad_weight(c
     barrier_init_done();
   }
   __syncthreads();
+  wait_for_kernel_before();  // packs
 
   // 1 locate: the blocks that share positions are neighbours and meet in L2.
   constexpr int kBlocks = TCONV_GROUPS * BW_BLOCKS_M * BW_BLOCKS_N;

@@ -47,6 +47,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 extern "C" __global__ void __launch_bounds__(32)
     channel_sum_finish(const float* partial, storage_t* grad_bias, int count) {
+  wait_for_kernel_before();  // adds the segments
   const float* from = partial + blockIdx.x * (long long)count;
   float sum = 0.f;
 #pragma unroll 4

@@ -9,6 +9,14 @@ struct alignas(2) bf16_t {
   unsigned short bits;
 };
 
+// For kernels that launch_behind() enqueues: they start while the kernel before them still ends, and wait here until that has
+// ended and what it wrote is visible. Before it they may touch neither what that reads nor what it writes.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Where the weight of input channel ci (of all groups), output channel co (of its group) and a tap lies: contiguous, or as
 // PyTorch keeps the weights of a channels_last layer.
 template <int kOutputChannels, int kTaps>

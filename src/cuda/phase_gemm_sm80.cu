@@ -126,6 +126,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
   const int quad = lane / 4, quarter = lane % 4;
   float* const out_stage = reinterpret_cast<float*>(shared + PG_STAGES * PG_KC * kPitch) + warp * PG_OUT_WORDS;
 
+  wait_for_kernel_before();  // packs the weights
+
   // 1 locate: column blocks and passes of one tile are neighbours, so that they find its source in L2.
   unsigned index = blockIdx.x;
   const int column_block = index % PG_NBLOCKS;

@@ -436,7 +436,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
       aligned && (problem.layout == Layout::channels_last ? g.n % 2 == 0 && g.channels % 2 == 0 : result[2] % 2 == 0);
   for (int i = 0; i < kMaxOperands; ++i) args.operands[i] = tensors.operands[i];
   void* pointers[] = {&args};
-  launch(*ready.functions[0], {static_cast<unsigned>(ready.blocks)}, stream, pointers);
+  launch_behind(*ready.functions[0], {static_cast<unsigned>(ready.blocks)}, stream, pointers);
 }
 
 }  // namespace

@@ -174,6 +174,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, P9_MIN_BLOCKS) phase_gemm
   extern __shared__ __align__(128) uint4 shared[];
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
   const int warp = thread / 32, lane = thread % 32, quad = lane / 4, quarter = lane % 4;
+  wait_for_kernel_before();  // packs the weights
 
   // 1 locate
   unsigned index = blockIdx.x;

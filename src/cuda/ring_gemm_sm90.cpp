@@ -31,18 +31,30 @@ constexpr Config kConfigs[] = {CHUNKS(64, 184, 3, 16),  CHUNKS(64, 120, 7, 20), 
                                CHUNKS(64, 200, 1, 16),  CHUNKS(64, 136, 1, 20),  CHUNKS(64, 96, 1, 20),
                                CHUNKS(64, 48, 1, 20),   CHUNKS(128, 200, 1, 16), CHUNKS(256, 200, 1, 16)};
 
-constexpr std::size_t kMostPackedBytes = std::size_t{256} << 20;  // of a copy of the source
+// A copy of the source holds so many images as fit the first number, at least one; that may not be over the second.
+constexpr std::size_t kWantedPackedBytes = std::size_t{256} << 20, kMostPackedBytes = std::size_t{512} << 20;
 
 std::size_t packed_words(const Problem& problem, const Config& config, const Geometry& g) {
   return static_cast<std::size_t>(problem.groups) * g.row_blocks * g.num_entries * g.chunks * config.block_k * 64;
 }
 
-// Bytes of the source's copy, behind the weights in the workspace.
-std::size_t packed_source_bytes(const Problem& problem, const Config& config, const Geometry& g) {
+// Bytes of a copy of one image, of the whole batch where images are rows.
+std::size_t packed_image_bytes(const Problem& problem, const Config& config, const Geometry& g) {
   if (!g.packed) return 0;
-  return static_cast<std::size_t>(problem.batch * problem.groups *
+  return static_cast<std::size_t>((g.rows_are_images ? problem.batch : 1) * problem.groups *
                                   volume(g.forward ? problem.input : output_size(problem))) *
          static_cast<std::size_t>(g.chunks * config.block_k) * 4;
+}
+// Images that one pair of launches takes: all, or what the copy holds.
+int64_t images_at_once(const Problem& problem, const Config& config, const Geometry& g) {
+  const std::size_t image = packed_image_bytes(problem, config, g);
+  if (image == 0 || g.batch <= 1) return std::max<int64_t>(g.batch, 1);
+  const int64_t most = std::clamp<int64_t>(static_cast<int64_t>(kWantedPackedBytes / image), 1, g.batch);
+  return ceil_div(g.batch, ceil_div(g.batch, most));  // pieces of about the same size
+}
+// Bytes of the source's copy, behind the weights in the workspace.
+std::size_t packed_source_bytes(const Problem& problem, const Config& config, const Geometry& g) {
+  return packed_image_bytes(problem, config, g) * static_cast<std::size_t>(images_at_once(problem, config, g));
 }
 std::size_t weight_workspace(const Problem& problem, const Config& config, const Geometry& g) {
   return (packed_words(problem, config, g) * 4 + 255) / 256 * 256;
@@ -76,7 +88,7 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
     return fit;
   }
   if (packed_source_bytes(problem, config, g) > kMostPackedBytes) {
-    fit.refusal = "a copy of the source would take more than 256 MiB";
+    fit.refusal = "a copy of the source would take more than 512 MiB";
     return fit;
   }
   if (g.tensor && !has_tensor_maps()) {
@@ -88,15 +100,18 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
     return fit;
   }
   const double clock = device.tf32_tflops * 1e12 / (2048.0 * 0.82) / device.multiprocessors;
-  const double rounds = static_cast<double>(ceil_div(items, device.multiprocessors));
+  const double pieces = static_cast<double>(ceil_div(g.batch, images_at_once(problem, config, g)));
+  const double rounds =
+      pieces * static_cast<double>(ceil_div(ceil_div(items, static_cast<int64_t>(pieces)), device.multiprocessors));
   // Ends: the first loads have nothing to hide behind, nor the last store.
-  const double compute = (rounds * item_cycles(problem, epilogue, config, g) + 4560.0) / clock * 1e6;
+  const double compute = (rounds * item_cycles(problem, epilogue, config, g) + pieces * 4560.0) / clock * 1e6;
   // A packed source is written, and read again: from L2 where it fits.
-  const double packed_bytes = static_cast<double>(packed_source_bytes(problem, config, g));
+  const double packed_bytes = pieces * static_cast<double>(packed_source_bytes(problem, config, g));
   const double traffic = minimum_bytes(problem) / (device.bandwidth_tbs * 1e12 * 0.85) * 1e6;
-  const double packing = packed_bytes == 0 ? 0 : packed_bytes * 2.2 / (device.bandwidth_tbs * 1e12 * 0.85) * 1e6 + 2.0;
+  const double packing =
+      packed_bytes == 0 ? 0 : packed_bytes * 2.2 / (device.bandwidth_tbs * 1e12 * 0.85) * 1e6 + 2.0 * pieces;
   // 15: two launches, the weights' packing, and what a block does before its first stage.
-  fit.microseconds = std::max(compute, traffic) + 0.15 * std::min(compute, traffic) + packing + 14.8;
+  fit.microseconds = std::max(compute, traffic) + 0.15 * std::min(compute, traffic) + packing + 11.0 + 3.8 * pieces;
   fit.workspace_bytes = weight_workspace(problem, config, g) + packed_source_bytes(problem, config, g);
   for (const Op& op : epilogue.ops) {
     if (is_norm(op.kind)) break;
@@ -127,7 +142,7 @@ std::vector<Unit> units(const Step& step) {
   define("RG_KC", config.block_k);
   define("RG_CHUNKS", g.chunks);
   define("RG_ROW_BLOCKS", g.row_blocks);
-  std::vector<int> begin{0}, word, phase, tap;
+  std::vector<int> begin{0}, word, phase, tap, entry_pass, entry_count;
   const int kh = static_cast<int>(problem.kernel[1]), kw = static_cast<int>(problem.kernel[2]);
   const int rows_d = static_cast<int>(g.staged[0].base.size()) * g.staged[0].length;
   const int rows_h = static_cast<int>(g.staged[1].base.size()) * g.staged[1].length;
@@ -147,12 +162,16 @@ std::vector<Unit> units(const Step& step) {
       }
       for (int t : entry.tap_w) tap.push_back(t < 0 ? -1 : (entry.tap_d * kh + entry.tap_h) * kw + t);
     }
+    entry_pass.resize(word.size(), begin.back());
+    entry_count.resize(word.size(), static_cast<int>(pass.entries.size()));
     begin.push_back(static_cast<int>(word.size()));
   }
   define("RG_ENTRY_BEGIN", list(begin));
   define("RG_NUM_PASSES", g.passes.size());
   const std::string layer = text.str();
   define("RG_ENTRY_TAP", list(tap));
+  define("RG_ENTRY_PASS", list(entry_pass));
+  define("RG_ENTRY_COUNT", list(entry_count));
   define("RG_PACK_SOURCE", g.packed ? 1 : 0);
   const std::string pack = text.str();
   text.str("");
@@ -223,6 +242,7 @@ struct Ready : Loaded {
   Geometry geometry;
   int64_t items = 0;
   unsigned pack_blocks = 0;
+  std::vector<std::size_t> tensor_operands;  // slots of operands with a value per element
 };
 
 void prepare_launch(Step& step) {
@@ -232,8 +252,11 @@ void prepare_launch(Step& step) {
   ready->geometry = geometry(step.problem, step.epilogue, step.device, step.config,
                              layer_geometry(step.problem, fold_of(step.config)));
   ready->items = num_items(step.problem, step.config, ready->geometry);
+  for (std::size_t i = 0; i < step.epilogue.ops.size(); ++i)
+    if (operand_kind(step.epilogue.ops[i].kind) == OperandKind::tensor)
+      ready->tensor_operands.push_back(static_cast<std::size_t>(operand_offset(step.epilogue, static_cast<int>(i))));
   ready->pack_blocks = static_cast<unsigned>(step.problem.groups * ready->geometry.row_blocks * ready->geometry.chunks *
-                                             (step.config.block_k / 4));
+                                             ceil_div(step.config.block_k / 4, 4));
   step.state = std::shared_ptr<Loaded>(ready);
 }
 
@@ -296,17 +319,17 @@ TensorView rows_of(const Problem& problem, const Geometry& g, const void* first,
 }
 
 void launch_packing(const Step& step, const Tensors& tensors, const Ready& ready, const void* source,
-                    const long long (&stride)[4], Stream stream) {
+                    const long long (&stride)[4], int64_t images, bool with_weights, Stream stream) {
   const Problem& problem = step.problem;
   const Geometry& g = ready.geometry;
   const void* weight = tensors.weight;
   void* packed = tensors.workspace;
-  unsigned blocks = ready.pack_blocks, weight_grid = std::min(16384u, blocks);
+  unsigned blocks = ready.pack_blocks, weight_grid = with_weights ? std::min(16384u, blocks) : 0;
   struct {
     const void* source;
     void* packed;
     long long image, inner, plane;
-    int tiles;
+    int tiles, pairs;
     unsigned blocks;
   } copy{};
   unsigned grid = weight_grid;
@@ -315,8 +338,10 @@ void launch_packing(const Step& step, const Tensors& tensors, const Ready& ready
     copy.packed = static_cast<char*>(packed) + weight_workspace(problem, step.config, g);
     copy.image = stride[0], copy.inner = stride[3];
     copy.plane = volume(g.forward ? problem.input : output_size(problem));
-    copy.tiles = static_cast<int>(ceil_div(copy.plane, 64));
-    copy.blocks = static_cast<unsigned>(problem.batch * problem.groups * copy.tiles * g.chunks);
+    copy.tiles = static_cast<int>(ceil_div(copy.plane, 2048 / step.config.block_k));  // kTile of the kernel
+    copy.pairs = copy.plane % 2 == 0 && reinterpret_cast<std::uintptr_t>(source) % 4 == 0;
+    copy.blocks =
+        static_cast<unsigned>((g.rows_are_images ? problem.batch : images) * problem.groups * copy.tiles * g.chunks);
     grid += std::min(65536u, copy.blocks);
   }
   int weight_last = tensors.weight_channels_last;
@@ -352,22 +377,16 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   args.result = tensors.output;
   strides_of(args.source_stride, problem, g, int64_t{g.k} * problem.groups, source);
   strides_of(args.result_stride, problem, g, int64_t{g.n} * problem.groups, result);
-  launch_packing(step, tensors, ready, args.source, args.source_stride, stream);
   for (int dim = 0; dim < 3; ++dim) {
     args.source_size[dim] = static_cast<int>(g.source_size[dim]);
     args.result_size[dim] = static_cast<int>(g.result_size[dim]);
     args.tiles[dim] = static_cast<int>(g.tiles[dim]);
   }
-  args.items = static_cast<unsigned>(ready.items);
   const auto address = reinterpret_cast<std::uintptr_t>(args.source);
   const int64_t unit = 16 / static_cast<int64_t>(size_of(problem.dtype));
   // contiguous: planes are multiples of 4 elements, so that a row starts alike in all channels
   args.vector_loads =
       problem.layout == Layout::channels_last ? address % 16 == 0 && g.k % unit == 0 : volume(source) % 4 == 0;
-  const int64_t wide = 16 / static_cast<int64_t>(size_of(step.epilogue.output_dtype.value_or(problem.dtype)));
-  const auto to = reinterpret_cast<std::uintptr_t>(tensors.output);
-  args.wide_stores = problem.layout == Layout::channels_last ? to % 16 == 0 && g.n % wide == 0 && g.channels % wide == 0
-                                                             : to % 4 == 0 && result[2] % 2 == 0;
   for (int i = 0; i < kMaxOperands; ++i) args.operands[i] = tensors.operands[i];
   if (g.tensor && (g.packed || address % 16 == 0)) {
     const void* first = g.packed
@@ -383,9 +402,26 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     args.tensor = 1;
     args.map = tensor_map(rows_of(problem, g, args.source, args.source_stride));
   }
+  const int64_t size = static_cast<int64_t>(size_of(problem.dtype));
+  const int64_t result_size = static_cast<int64_t>(size_of(step.epilogue.output_dtype.value_or(problem.dtype)));
+  const int64_t wide = 16 / result_size, at_once = images_at_once(problem, step.config, g);
   void* pointers[] = {&args};
-  launch(*ready.functions[0], {static_cast<unsigned>(std::min<int64_t>(ready.items, step.device.multiprocessors))},
-         stream, pointers);
+  for (int64_t image = 0; image < g.batch; image += at_once) {
+    const int64_t images = std::min(at_once, g.batch - image);
+    const void* from = static_cast<const char*>(args.source) + image * args.source_stride[0] * size;
+    launch_packing(step, tensors, ready, from, args.source_stride, images, image == 0, stream);
+    args.items = static_cast<unsigned>(ready.items / g.batch * images);
+    args.result = static_cast<char*>(tensors.output) + image * args.result_stride[0] * result_size;
+    const auto to = reinterpret_cast<std::uintptr_t>(args.result);
+    args.wide_stores = problem.layout == Layout::channels_last
+                           ? to % 16 == 0 && g.n % wide == 0 && g.channels % wide == 0
+                           : to % 4 == 0 && result[2] % 2 == 0;
+    for (std::size_t slot : ready.tensor_operands)
+      args.operands[slot] = static_cast<const char*>(tensors.operands[slot]) + image * args.result_stride[0] * size;
+    launch_behind(*ready.functions[0],
+                  {static_cast<unsigned>(std::min<int64_t>(args.items, step.device.multiprocessors))}, stream,
+                  pointers);
+  }
 }
 
 }  // namespace

@@ -348,6 +348,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
   if (RG_NUM_LIVE < RG_PW)
     for (int i = threadIdx.x; i < 2 * RG_SUM_WORDS; i += kThreads) sums[i] = 0.f;
   __syncthreads();
+  wait_for_kernel_before();  // packs
 
   if (warp < 8) {  // multiply
     if (RG_TENSOR) take_registers<RG_STORE_GROUPS == 1 ? 160 : 120>();

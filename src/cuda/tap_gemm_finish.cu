@@ -66,6 +66,7 @@ __device__ __forceinline__ Weight weight_at(unsigned block, int rest, int r) {
 extern "C" __global__ void __launch_bounds__(256)
     tap_gemm_finish(const float4* partial, storage_t* grad_weight, int summands, unsigned fragments, int lanes) {
   __shared__ float4 sums[256];
+  wait_for_kernel_before();  // multiplies
   constexpr unsigned kPerBlock = TG_BLOCK_FLOATS / 4;
   const unsigned per_thread_block = 256 / lanes, lane = threadIdx.x / per_thread_block;
   const unsigned fragment = blockIdx.x * per_thread_block + threadIdx.x % per_thread_block;

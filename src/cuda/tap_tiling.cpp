@@ -184,7 +184,7 @@ void launch_sums(const Step& step, const Tensors& tensors, Stream stream, std::i
   int lanes = 1;
   while (lanes < 8 && lanes < summands) lanes *= 2;
   void* args[] = {&partial, &grad_weight, &summands, &fragments, &lanes};
-  launch(function(step, 1), {static_cast<unsigned>(ceil_div(int64_t{fragments} * lanes, 256))}, stream, args);
+  launch_behind(function(step, 1), {static_cast<unsigned>(ceil_div(int64_t{fragments} * lanes, 256))}, stream, args);
   launch_bias_sums(step, tensors, stream, partial_floats);
 }
 
@@ -202,7 +202,7 @@ void launch_bias_sums(const Step& step, const Tensors& tensors, Stream stream, s
     launch(function(step, 2), {static_cast<unsigned>(split.strips * count)}, stream, args);
   }
   void* args[] = {&partial, &grad_bias, &count};
-  launch(function(step, 3), {static_cast<unsigned>(problem.out_channels)}, stream, args);
+  launch_behind(function(step, 3), {static_cast<unsigned>(problem.out_channels)}, stream, args);
 }
 
 }  // namespace tconv::cuda
