@@ -7,6 +7,7 @@
 //           positions crosses row ends (those few results are not stored) and narrow images fill whole vectors.
 //           Register tile: result channels by vectors of positions; weights are packed [tap][k][m] and broadcast.
 //           All width phases of a block of result channels are computed, interleaved, finished and stored together.
+//           On AVX2 the largest tile takes all taps of a channel together, in assembly (tiles_avx2.h).
 //           For avx512_bf16 a staged word holds a pair of channels as they are, and one instruction adds both products
 //           in fp32: 170 % of the fp32 peak on a Zen 5 core where fp32 reaches 85 %.
 // Refuses   grad_weight and epilogues alone; targets above the machine's; f64 mixed with another dtype. For avx512_bf16

@@ -84,7 +84,7 @@ PairFunction<S> pair_function(int64_t i, int64_t j) {
 }
 
 // One pair of channels: sums of as many taps as a vector has lanes, which read x once and are added across lanes together.
-// Tap by tap two loads go with every product, and the sums of depthwise layers took as long as those of four channels.
+// Tap by tap two loads go with every product: 51 ms instead of 44 (AVX2, 3d g16 c16>16 i24x48x48 t5x5x5 s2 p2).
 template <class S>
 void tap_sums(const S* x, const S* g, const int64_t* offsets, int64_t taps, int64_t vectors, S* sums) {
   constexpr int kTaps = kLanes<S>;

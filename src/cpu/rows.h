@@ -41,7 +41,8 @@ void interleave_powers(const S* phases, int64_t pitch, int64_t n, S* row) {
 }
 
 // For an odd step the elements of a phase lie in different lanes of the result's vectors, each in one of its own: a
-// permutation of each phase puts them there, the rest are blends. Element by element kernelbench_1_75 took 1.2 times as long.
+// permutation of each phase puts them there, the rest are blends. Element by element, a layer with stride 5 on AVX2 took
+// 1.25 times as long (`tconv time`, 2d b2 c32>64 i64x128 t3x3 s5 p1 d2: 38 ms, 30 ms so).
 template <int Lanes, int Step>
 constexpr int lane_source(int lane, int phase) {  // the q whose result of this phase has this lane
   for (int q = 0; q < Lanes; ++q)

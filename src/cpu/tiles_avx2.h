@@ -1,9 +1,9 @@
 // tiles_avx2.h — the innermost loops of AVX2's register tiles of 4 rows by 3 vectors, in assembly; for files that are
 // compiled once per target.
 //
-// Twelve sums, three vectors and a broadcast are all 16 registers. GCC 12 keeps some of the sums in memory or moves them
-// between registers, which doubles the chain of additions or costs a fifth more instructions: 45 to 70 % of the FMA peak
-// of a Zen 3 core where these loops reach 85 to 90 %, and less where the core's other thread works too.
+// Twelve sums, three vectors and a broadcast are all 16 registers. Where taps are written out one after the other, GCC 12
+// keeps some of the sums in memory or moves them between registers: two thirds of the FMA peak of a Zen 3 core on operands
+// in the first cache level, where these loops reach 90 %.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
