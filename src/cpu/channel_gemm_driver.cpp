@@ -61,7 +61,7 @@ double channel_cycles(double positions, std::int64_t vectors, std::int64_t most_
   double cycles = 0;
   for (std::int64_t block = 0, blocks = ceil_div(vectors, most_vectors); block < blocks; ++block) {
     const std::int64_t v = (block + 1) * vectors / blocks - block * vectors / blocks;
-    const std::int64_t most = wide ? (v == 4 ? 6 : 8) : v == 3 ? 4 : v == 2 ? 5 : 8;
+    const std::int64_t most = wide ? (v == 4 ? 6 : 8) : v == 3 ? 4 : v == 2 ? 6 : 8;
     const double height = std::min(positions, static_cast<double>(most)), count = static_cast<double>(v);
     cycles += std::max({height * count / 2, (height + count) * 0.6, 4.0}) * positions / height;
   }

@@ -59,7 +59,7 @@ double position_cycles(std::int64_t rows, std::int64_t vectors, Isa target) {
   double cycles = 0;
   for (std::int64_t block = 0; block < blocks; ++block) {
     const std::int64_t v = (block + 1) * vectors / blocks - block * vectors / blocks;
-    const std::int64_t most = wide ? (v == 4 ? 6 : 8) : v == 3 ? 4 : v == 2 ? 5 : 8;
+    const std::int64_t most = wide ? (v == 4 ? 6 : 8) : v == 3 ? 4 : v == 2 ? 6 : 8;
     const std::int64_t height = std::min(rows, most);
     const double one = std::max({static_cast<double>(height * v) / 2, static_cast<double>(height + v) * 0.6,
                                  target == Isa::avx512_bf16 ? 6.0 : 4.0});

@@ -5,6 +5,7 @@
 
 #include "cpu/pairs.h"
 #include "cpu/rows.h"
+#include "cpu/tiles_avx2.h"
 
 namespace tconv::cpu {
 namespace {
@@ -16,7 +17,7 @@ constexpr int kMostVectors = 4;
 constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : 8; }
 #else
 constexpr int kMostVectors = 3;
-constexpr int rows_for(int vectors) { return vectors == 3 ? 4 : vectors == 2 ? 5 : 8; }
+constexpr int rows_for(int vectors) { return vectors == 3 ? 4 : vectors == 2 ? 6 : 8; }
 #endif
 constexpr int kMostRows = 8;
 
@@ -34,6 +35,22 @@ struct ChannelTile {
 
 template <class S, int Rows, int Vectors, bool Depthwise>
 void channel_tile(const ChannelTile<S>& tile) {
+#if defined(TCONV_TILES_AVX2)
+  if constexpr (sizeof(S) == sizeof(float) && Rows == 4 && Vectors == 3 && !Depthwise)
+    if (tile.n >= 16) {  // the sums pass through memory between runs
+      float sums[Rows * Vectors * kLanes<S>];
+      for (int i = 0; i < Rows * Vectors; ++i)
+        store(sums + i * kLanes<S>, load((tile.start ? tile.start : tile.sums[i / Vectors]) + i % Vectors * kLanes<S>));
+      for (int64_t run = 0; run < tile.runs; ++run) {
+        const float* scalar[Rows];
+        for (int r = 0; r < Rows; ++r) scalar[r] = tile.scalar + tile.run_b[run] + tile.offset[r];
+        add_positions(tile.vector + tile.run_v[run], scalar, tile.n, tile.v_step, tile.b_step, sums);
+      }
+      for (int i = 0; i < Rows * Vectors; ++i)
+        store(tile.sums[i / Vectors] + i % Vectors * kLanes<S>, load(sums + i * kLanes<S>));
+      return;
+    }
+#endif
   Vec<S> sum[Rows][Vectors];
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)

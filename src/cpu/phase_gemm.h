@@ -42,6 +42,7 @@ struct PhaseGemmTask {
   std::int64_t first_shift[3];      // shift of the planes' first row and column
   std::int64_t plane[3];            // extents of a plane
   std::int64_t plane_pitch;         // elements from one channel's plane to the next
+  std::int64_t phase_pitch;         // elements from one source phase's planes to the next phase's
   int num_planes;                   // source phases that are used
   const std::int64_t* plane_phase;  // [plane][3]
   // Taps, sorted by result phase
@@ -50,8 +51,9 @@ struct PhaseGemmTask {
   const std::int64_t* mask_offset;  // [tap]: the same into the mask, which has one plane per phase
   const std::int64_t* tap_source;   // [tap][2]: source depth and row of grid position 0
   std::int64_t num_taps;
-  const void* weight;  // packed S: [group][m block][tap][k][m of the block]
-  bool masked;         // a weight is not finite: zeros outside the source must not be multiplied
+  const void*
+      weight;   // packed S: [group][m block][phase][tap][k][m of the block], or [k][tap] where taps are innermost
+  bool masked;  // a weight is not finite: zeros outside the source must not be multiplied
   // Epilogue
   const PhaseOp* pre;
   int num_pre;
@@ -60,19 +62,21 @@ struct PhaseGemmTask {
   int num_ops;
 };
 
-// Weights in the order that the register tiles read: [group][m block][tap, sorted][k][m of the block].
+// Weights in the order that the register tiles read. Of one block, those of (tap, k) are tap_first[tap] + k * tap_step[tap]
+// blocks from the start.
 struct PackTask {
   DType dtype;
   const void* weight;
   void* packed;
   std::int64_t elements;  // of the weight tensor
   std::int64_t taps, k, rows, m, k_stride, m_stride;
-  const int* tap_slot;  // [tap] -> sorted
+  const std::int64_t *tap_first, *tap_step;
 };
 
 struct PhaseGemmLoops {
   Isa target;
   int register_m;                                    // largest register tile
+  bool taps_innermost;                               // of the packed weights of a phase
   bool (*pack)(const PackTask&, std::int64_t item);  // item: group, m block; returns whether all are finite
   void (*run)(const PhaseGemmTask&, std::int64_t item, void* scratch);
   std::int64_t (*scratch_bytes)(const PhaseGemmTask&);

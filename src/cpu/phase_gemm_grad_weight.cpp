@@ -13,25 +13,33 @@
 namespace tconv::cpu {
 namespace {
 
+// Channels of grad_output in a register tile of 4 input channels. 16 registers hold 12 sums, 3 vectors and one of the other
+// side; with 4 by 4 sums two of them lived in memory, a chain of loads and stores longer than the products.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMostJ = 4;
+#else
+constexpr int kMostJ = 3;
+#endif
+
 // sums[i][j] = sum over positions of x[i][q] * g[j][q]. Masked: pairs count only where both masks are not zero.
 template <class S, int I, int J, bool Masked>
 void pair_sums(const S* x, const S* g, int64_t pitch, int64_t vectors, const S* x_mask, const S* g_mask, S* sums) {
   constexpr int kChains = I * J >= 8 ? 1 : I * J >= 4 ? 2 : 4;  // enough independent sums to hide the FMA's latency
   Vec<S> sum[kChains][I][J] = {};
   auto step = [&](int chain, int64_t at) __attribute__((always_inline)) {
-    Vec<S> left[I];
+    Vec<S> right[J];
 #pragma GCC unroll 4
-    for (int i = 0; i < I; ++i) left[i] = load(x + i * pitch + at);
+    for (int j = 0; j < J; ++j) right[j] = load(g + j * pitch + at);
 #pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) {
-      const Vec<S> right = load(g + j * pitch + at);
+    for (int i = 0; i < I; ++i) {
+      const Vec<S> left = load(x + i * pitch + at);
 #pragma GCC unroll 4
-      for (int i = 0; i < I; ++i) {
+      for (int j = 0; j < J; ++j) {
         if constexpr (Masked) {
           const Vec<S> both = load(x_mask + at) * load(g_mask + at);
-          sum[chain][i][j] += both != 0 ? left[i] * right : Vec<S>{};
+          sum[chain][i][j] += both != 0 ? left * right[j] : Vec<S>{};
         } else {
-          sum[chain][i][j] += left[i] * right;
+          sum[chain][i][j] += left * right[j];
         }
       }
     }
@@ -66,7 +74,7 @@ using PairFunction = void (*)(const S*, const S*, int64_t, int64_t, const S*, co
 
 template <class S, int I, bool Masked>
 PairFunction<S> pair_function(int64_t j) {
-  return j == 4 ? pair_sums<S, I, 4, Masked> : j == 2 ? pair_sums<S, I, 2, Masked> : pair_sums<S, I, 1, Masked>;
+  return j >= 3 ? pair_sums<S, I, kMostJ, Masked> : j == 2 ? pair_sums<S, I, 2, Masked> : pair_sums<S, I, 1, Masked>;
 }
 template <class S, bool Masked>
 PairFunction<S> pair_function(int64_t i, int64_t j) {
@@ -75,7 +83,27 @@ PairFunction<S> pair_function(int64_t i, int64_t j) {
                   : pair_function<S, 1, Masked>(j);
 }
 
+// One pair of channels: sums of as many taps as a vector has lanes, which read x once and are added across lanes together.
+// Tap by tap two loads go with every product: 51 ms instead of 44 (AVX2, 3d g16 c16>16 i24x48x48 t5x5x5 s2 p2).
+template <class S>
+void tap_sums(const S* x, const S* g, const int64_t* offsets, int64_t taps, int64_t vectors, S* sums) {
+  constexpr int kTaps = kLanes<S>;
+  const S* at[kTaps];
+  for (int t = 0; t < kTaps; ++t) at[t] = g + offsets[t < taps ? t : taps - 1];
+  Vec<S> sum[kTaps] = {};
+  for (int64_t v = 0; v < vectors * kLanes<S>; v += kLanes<S>) {
+    const Vec<S> value = load(x + v);
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) sum[t] += value * load(at[t] + v);
+  }
+  store(sums, reduce_all<S>(sum));
+}
+
 int64_t block_of(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+int64_t output_block_of(int64_t left) {
+  if (left >= kMostJ && (kMostJ == 4 || left != 4)) return kMostJ;  // 4 = 2 + 2
+  return left >= 2 ? 2 : 1;
+}
 
 template <class S>
 struct Staged {
@@ -167,9 +195,18 @@ void run_typed(const GradWeightTask& task, int64_t item, void* scratch) {
     for (int64_t i = 0, ni; i < m_count; i += ni) {
       ni = block_of(m_count - i);
       for (int64_t j = 0, nj; j < gradient.k; j += nj) {
-        nj = block_of(gradient.k - j);
+        nj = output_block_of(gradient.k - j);
         const PairFunction<S> pairs = masked ? pair_function<S, true>(ni, nj) : pair_function<S, false>(ni, nj);
-        for (int64_t tap = 0; tap < gradient.num_taps; ++tap) {
+        int64_t tap = 0;
+        if (ni * nj == 1 && !masked)
+          for (int64_t left; (left = gradient.num_taps - tap) > kLanes<S> / 2; tap += kLanes<S>) {
+            S sums[kLanes<S>];
+            const int64_t taps = min_of(left, kLanes<S>);
+            tap_sums(x.planes + i * pitch, g.planes + j * pitch, gradient.tap_offset + tap, taps, vectors, sums);
+            for (int64_t t = 0; t < taps; ++t)
+              partial[(i * gradient.k + j) * gradient.num_taps + task.tap_order[tap + t]] += sums[t];
+          }
+        for (; tap < gradient.num_taps; ++tap) {
           S sums[16 + kLanes<S>];
           pairs(x.planes + i * pitch, g.planes + gradient.tap_offset[tap] + j * pitch, pitch, vectors, x.mask,
                 g.mask + gradient.mask_offset[tap], sums);

@@ -75,7 +75,7 @@ void stage_block(const PhaseGemmTask& task, const Place& place, const Buffers& b
   const int64_t column_end = column + step * width;
   const int64_t from = max_of(0, column), until = max_of(from, min_of(task.source_size[2], column_end));
   auto row_at = [&](int plane, int64_t k, int64_t d, int64_t h) {
-    return buffers.planes + (plane * task.rows + k) * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
+    return buffers.planes + plane * task.phase_pitch + k * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
   };
   auto source_row = [&](int64_t d, int64_t h) -> int64_t {  // first position of a source row, or -1
     const int64_t sd = task.source_step[0] * (place.q0[0] + task.first_shift[0] + d) + phase[0];

@@ -233,15 +233,20 @@ TCONV_INLINE VecF from_bfloat(VecH h) {
   typedef uint32_t VecU __attribute__((vector_size(kVecBytes)));
   return bits_of<VecF>(__builtin_convertvector(h, VecU) << 16);
 }
+// In the low half of every lane; the high half is zero.
+TCONV_INLINE VecI round_to_bfloat(VecF x) {
+  typedef uint32_t VecU __attribute__((vector_size(kVecBytes)));
+  const VecU bits = bits_of<VecU>(x);
+  const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const VecU quiet = (bits >> 16) | 0x40;
+  return bits_of<VecI>(x == x ? rounded : quiet);
+}
 TCONV_INLINE VecH to_bfloat(VecF x) {
 #if defined(__AVX512BF16__)
   // Numbers below 2^-126 become zero, as they do in this target's products of pairs.
   return bits_of<VecH>(_mm512_cvtneps_pbh(bits_of<__m512>(x)));
 #else
-  const VecI bits = bits_of<VecI>(x);
-  const VecI rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const VecI quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector(x == x ? rounded : quiet, VecH);
+  return __builtin_convertvector(round_to_bfloat(x), VecH);
 #endif
 }
 TCONV_INLINE VecF from_half(VecH h) {
@@ -277,7 +282,16 @@ TCONV_INLINE VecH to_half(VecF x) {
 }
 
 // The first n <= lanes elements of a vector, zeros behind them. A masked move takes as long as a whole one; memcpy of a
-// length that the compiler does not know is a call, which took most of the time of staging 1 to 8 channels.
+// length that the compiler does not know is a call, which took most of the time of staging 1 to 8 channels. AVX2 has no
+// moves of a part of 16-bit elements, and AMD's of wider ones take tens of cycles to store: halves, as n has bits.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int32_t kFirstLanes[2 * 8] = {-1, -1, -1, -1, -1, -1, -1, -1};
+template <class S>
+TCONV_INLINE __m256i first_lanes(int64_t n) {
+  const int32_t* from = kFirstLanes + 8 - n * static_cast<int64_t>(sizeof(S) / sizeof(int32_t));
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+#endif
 template <class S>
 TCONV_INLINE Vec<S> load_part(const S* p, int64_t n) {
 #if defined(__AVX512F__)
@@ -285,6 +299,11 @@ TCONV_INLINE Vec<S> load_part(const S* p, int64_t n) {
     return bits_of<Vec<S>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
   else
     return bits_of<Vec<S>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == sizeof(float))
+    return bits_of<Vec<S>>(_mm256_maskload_ps(p, first_lanes<S>(n)));
+  else
+    return bits_of<Vec<S>>(_mm256_maskload_pd(p, first_lanes<S>(n)));
 #else
   Vec<S> v{};
   memcpy(&v, p, static_cast<size_t>(n) * sizeof(S));
@@ -298,6 +317,24 @@ TCONV_INLINE void store_part(S* p, Vec<S> v, int64_t n) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), bits_of<__m512>(v));
   else
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), bits_of<__m512d>(v));
+#elif defined(__AVX2__)
+  if (n >= kLanes<S>) return store(p, v);
+  __m128i part = _mm256_castsi256_si128(bits_of<__m256i>(v));
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(S));
+  char* to = reinterpret_cast<char*>(p);
+  if (bytes & 16) {
+    memcpy(to, &part, 16);
+    to += 16, part = _mm256_extracti128_si256(bits_of<__m256i>(v), 1);
+  }
+  if (bytes & 8) {
+    const int64_t low = _mm_cvtsi128_si64(part);
+    memcpy(to, &low, 8);
+    to += 8, part = _mm_unpackhi_epi64(part, part);
+  }
+  if (bytes & 4) {
+    const int32_t low = _mm_cvtsi128_si32(part);
+    memcpy(to, &low, 4);
+  }
 #else
   memcpy(p, &v, static_cast<size_t>(n) * sizeof(S));
 #endif
@@ -305,6 +342,17 @@ TCONV_INLINE void store_part(S* p, Vec<S> v, int64_t n) {
 TCONV_INLINE VecH load_part(const uint16_t* p, int64_t n) {
 #if defined(__AVX512F__)
   return bits_of<VecH>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
+#elif defined(__AVX2__)
+  if (n >= 8) return bits_of<VecH>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  uint64_t whole = 0, last = 0;
+  uint32_t pair = 0;
+  uint16_t one = 0;
+  if (n & 4) memcpy(&whole, p, 8);
+  if (n & 2) memcpy(&pair, p + (n & 4), 4);
+  if (n & 1) memcpy(&one, p + (n - 1), 2);
+  last = pair | static_cast<uint64_t>(one) << (n & 2 ? 32 : 0);
+  const int64_t low = static_cast<int64_t>(n & 4 ? whole : last), high = static_cast<int64_t>(n & 4 ? last : 0);
+  return bits_of<VecH>(_mm_set_epi64x(high, low));
 #else
   VecH h{};
   memcpy(&h, p, static_cast<size_t>(n) * sizeof(uint16_t));
@@ -314,6 +362,22 @@ TCONV_INLINE VecH load_part(const uint16_t* p, int64_t n) {
 TCONV_INLINE void store_part(uint16_t* p, VecH h, int64_t n) {
 #if defined(__AVX512F__)
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), bits_of<__m256i>(h));
+#elif defined(__AVX2__)
+  if (n >= 8) {
+    memcpy(p, &h, sizeof h);
+    return;
+  }
+  __m128i part = bits_of<__m128i>(h);
+  uint64_t low = static_cast<uint64_t>(_mm_cvtsi128_si64(part));
+  if (n & 4) {
+    memcpy(p, &low, 8);
+    p += 4, low = static_cast<uint64_t>(_mm_extract_epi64(part, 1));
+  }
+  if (n & 2) {
+    memcpy(p, &low, 4);
+    p += 2, low >>= 32;
+  }
+  if (n & 1) memcpy(p, &low, 2);
 #else
   memcpy(p, &h, static_cast<size_t>(n) * sizeof(uint16_t));
 #endif
@@ -344,6 +408,15 @@ TCONV_INLINE void store_halves(uint16_t* to, DType dtype, VecF a, VecF b) {
   if (dtype == DType::bf16) {
     const __m512bh both = _mm512_cvtne2ps_pbh(bits_of<__m512>(b), bits_of<__m512>(a));
     memcpy(to, &both, sizeof both);
+    return;
+  }
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (dtype == DType::bf16) {  // one packing for both
+    const __m256i both =
+        _mm256_packus_epi32(bits_of<__m256i>(round_to_bfloat(a)), bits_of<__m256i>(round_to_bfloat(b)));
+    const __m256i ordered = _mm256_permute4x64_epi64(both, 0xd8);
+    memcpy(to, &ordered, sizeof ordered);
     return;
   }
 #endif
