@@ -216,10 +216,13 @@ def _directions(problem: str, training: bool) -> List[str]:
     head = p["text"].partition("|")[0].strip()
     pre = " ".join(t for t in p["epilogue"].split() if t.startswith("pre:"))
     ops = " ".join(t for t in p["epilogue"].split() if not t.startswith("pre:") and t != "bias")
+    # PyTorch's flag decides for the gradients of grouped layers too, which run forward in full precision.
+    follows = p["dtype"] == "f32" and p["groups"] > 1 and "tf32" not in head.split() and _core.tf32_allowed()
+    precision = " tf32" if follows else ""
     found = [
         f"{p['text']} save" if ops else p["text"],
-        f"{head} grad_input",
-        f"{head} grad_weight | {pre}".rstrip(" |"),
+        f"{head} grad_input{precision}",
+        f"{head} grad_weight{precision} | {pre}".rstrip(" |"),
     ]
 
     def alone(channels: int, size: Sequence[int], chain: str) -> str:
@@ -228,7 +231,8 @@ def _directions(problem: str, training: bool) -> List[str]:
         return f"{shape} grad_epilogue | {chain}"
 
     if ops:
-        found.append(alone(p["out_channels"], p["output"], ops))
+        # As in _fused.chain_backward_with_bias.
+        found.append(alone(p["out_channels"], p["output"], f"add_channel {ops}" if p["bias"] else ops))
     if pre:
         found.append(alone(p["in_channels"], p["input"], pre.replace("pre:", "")))
     return found

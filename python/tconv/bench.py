@@ -523,7 +523,10 @@ def compile_ahead(listed: Sequence[tuple[Shape, str, str, str]], device: torch.d
     command = [sys.executable, "-m", "tconv", "compile", "--device", str(device)]
     processes = []
     for training in (True, False):
-        texts = [text for text, gradients in wanted.items() if gradients == training]
+        # A chain's plans for training and for inference are not the same.
+        texts = [
+            text for text, gradients in wanted.items() if gradients == training or (not training and " | " in text)
+        ]
         for part in (texts[i::workers] for i in range(workers)):
             if part:
                 options = ["--training"] if training else []

@@ -75,8 +75,8 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   for (std::size_t i = 0; i < epilogue.ops.size(); ++i) {
     const Op& op = epilogue.ops[i];
     if (operand_kind(op.kind) == OperandKind::tensor) bytes += input;
-    const bool twice = input == 2 && static_cast<int>(i) < norm_index(epilogue);
-    math += math_of(op.kind) * (twice ? 0.030 : 0.015);
+    const bool before = static_cast<int>(i) < norm_index(epilogue);
+    math += math_of(op.kind) * (!before ? 0.015 : input == 2 ? 0.030 : 0.055);
   }
   math *= 132.0 / device.multiprocessors;
   const double elements = static_cast<double>(g.statistics) * static_cast<double>(g.group_packs * pack);
