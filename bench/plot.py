@@ -11,6 +11,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from tables import name_of_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLES = {
@@ -85,8 +86,7 @@ def draw(record: dict[str, Any], target: Path) -> None:
     figure.legend(handles, labels, loc="upper right", ncols=3, fontsize=8.5, frameon=False)
     unit = "share of PyTorch's time" if on_cpu else "milliseconds"
     axes[-1, 0].set_xlabel(f"{unit} (log scale); the number is PyTorch ÷ tconv", fontsize=8.5)
-    machine = record["machine"]
-    title = f"{machine['name']}, PyTorch {record['versions']['torch']}, commit {record['commit'][:10]}"
+    title = f"{name_of_machine(record)}, PyTorch {record['versions']['torch']}, commit {record['commit'][:10]}"
     figure.suptitle(title, fontsize=10.5, x=0.02, y=0.999, ha="left", va="top")
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 / figure.get_figheight()))  # room for the title
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -30,13 +30,20 @@ def records() -> list[tuple[str, dict[str, Any]]]:
     return sorted(found, key=lambda entry: (entry[1]["machine"]["kind"] != "cuda", entry[0]))
 
 
+def name_of_machine(record: dict[str, Any]) -> str:
+    """With the instructions that a CPU's kernels are compiled for: virtual machines hide the model."""
+    kernels = [kernel for row in record["rows"] for kernel in row["kernels"]]
+    found = {isa.upper() for kernel in kernels for isa in re.findall(r"_(avx2|avx512|portable)", kernel)}
+    return ", ".join([str(record["machine"]["name"]), *sorted(found)])
+
+
 def where(record: dict[str, Any]) -> str:
     machine, versions = record["machine"], record["versions"]
     count = machine.get("threads")
     threads = f", {count} thread{'s' if count > 1 else ''}" if count else f", driver {machine['driver']}"
     cudnn = f", cuDNN {versions['cudnn']}" if versions["cudnn"] else ""
     return (
-        f"{machine['name']}{threads}, PyTorch {versions['torch']}{cudnn}, commit {record['commit'][:10]},"
+        f"{name_of_machine(record)}{threads}, PyTorch {versions['torch']}{cudnn}, commit {record['commit'][:10]},"
         f" {record['date'][:10]}"
     )
 
@@ -180,7 +187,7 @@ def results_page() -> str:
     ]
     for stem, record in records():
         host = record["host_us_per_call"]
-        part = f"## {record['machine']['name']}\n\n{where(record)}. {record['method'].capitalize()}.\n"
+        part = f"## {name_of_machine(record)}\n\n{where(record)}. {record['method'].capitalize()}.\n"
         if record["machine"]["kind"] == "cpu":
             load = record["machine"]["load_average"]
             part += (

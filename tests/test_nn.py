@@ -59,6 +59,7 @@ def ops_by_name() -> dict[str, list[nn.Module]]:
         "PointPillars": [nn.BatchNorm2d(C).eval(), nn.ReLU()],
         "VISTA": [nn.InstanceNorm2d(C), nn.GELU()],
         "residual": [nn.SiLU(), tconv.nn.Add(), nn.GroupNorm(2, C), tconv.nn.Multiply(), nn.Tanh()],
+        "as many operands as there may be": [nn.PReLU(C, init=0.9) for _ in range(16)],
         "long": [nn.SiLU(), tconv.nn.AddChannel(C), nn.GroupNorm(4, C), nn.PReLU(C), tconv.nn.Scale(0.5), nn.ELU()],
     }
 

@@ -18,7 +18,7 @@ import torch
 
 import tconv
 from tconv import _C
-from tconv.__main__ import check, main
+from tconv.__main__ import _directions, check, main
 
 KERNELBENCH = Path(__file__).resolve().parent.parent / "examples" / "kernelbench"
 
@@ -93,6 +93,17 @@ def test_compile_without_a_gpu(capsys: pytest.CaptureFixture, tmp_path: Path, mo
         pytest.skip("NVRTC is not installed")
     assert status == 0, captured.err
     assert "grad_weight" in captured.out and "grad_epilogue" in captured.out and "registers" in captured.out
+
+
+def test_compile_for_training_names_what_training_runs() -> None:
+    problems = _directions("2d b2 g4 c8>8 i8x8 t3x3 | pre:relu bias gelu", True)
+    assert problems[0].endswith("save")
+    assert [p.split()[-1] for p in problems[1:3]] == ["tf32", "pre:relu"]
+    assert " grad_weight tf32 |" in problems[2]  # gradients of grouped layers follow the flag
+    assert problems[3].endswith("grad_epilogue | add_channel gelu")  # the bias's gradient is that of an added operand
+    assert problems[4].endswith("grad_epilogue | relu")
+    for problem in problems:
+        _C.plan_string(problem.replace(" tf32", ""), "cpu")
 
 
 def upsampler() -> torch.nn.Module:

@@ -524,9 +524,9 @@ def compile_ahead(listed: Sequence[tuple[Shape, str, str, str]], device: torch.d
     processes = []
     for training in (True, False):
         # A chain's plans for training and for inference are not the same.
-        texts = [
-            text for text, gradients in wanted.items() if gradients == training or (not training and " | " in text)
-        ]
+        fused = [text for text in wanted if text.partition(" | ")[2] not in ("", "bias")]
+        texts = [text for text, gradients in wanted.items() if gradients == training]
+        texts += [] if training else [text for text in fused if text not in texts]
         for part in (texts[i::workers] for i in range(workers)):
             if part:
                 options = ["--training"] if training else []

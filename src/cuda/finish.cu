@@ -1,9 +1,9 @@
 // finish — what a convolution leaves of its chain: pointwise operations and normalisation, and their gradients.
 //
 // Computes  output = after(norm(before(pre(input) + bias))), or for grad_epilogue the gradient of input and operands.
-// Method    A thread walks over positions in packs: 16 bytes of one channel (contiguous; 8 to 256 threads to a row), or up to
-//           4 channels of one position (channels_last: what belongs to a channel takes registers for each). So that is loaded
-//           once, and no index is divided. 32 bytes are loaded before any is used.
+// Method    A thread walks over positions in packs: 16 bytes of one channel (contiguous; 8 to 256 threads to a row), or up
+//           to 4 channels of one position (channels_last). What belongs to a channel stays in registers, and no index is
+//           divided. Up to 32 bytes are loaded before any is used.
 //           Steps that lie inside their row as a whole have a copy of the code without a test per element: those tests
 //           were half of the instructions, and 16-bit chains are bound by instructions.
 //           Statistics: (count, mean, M2) of the elements of a step at a time, merged along the thread, the row and then
@@ -16,13 +16,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "finish_moments.cuh"
 
-// Defined by finish.cpp: TCONV_PACK (elements of a pack), TCONV_NORM (0 none, 1 group_norm, 2 layer_norm, 3 batch_norm), TCONV_NORM_AFFINE,
-// TCONV_NORM_SLOT, TCONV_NORM_EPS; for gradients TCONV_SUMS, TCONV_NORM_SUM, kSumSlot, keep_before and keep_after.
+// Defined by finish.cpp: TCONV_PACK (elements of a pack), TCONV_NORM (0 none, 1 group_norm, 2 layer_norm, 3 batch_norm),
+// TCONV_NORM_AFFINE, TCONV_NORM_SLOT, TCONV_NORM_EPS; for gradients TCONV_SUMS, TCONV_NORM_SUM, kSumSlot, keep_before and
+// keep_after.
 
 constexpr int kThreads = 256;
 constexpr int kPack = TCONV_PACK;
 // Bytes in flight hide the latency of memory: 2048 threads of a multiprocessor times 32 bytes are 64 KB, twice what
-// 4.3 TB/s over 132 multiprocessors and 0.8 us need. Gradients load two tensors; channels_last and fp64 have no registers to spare.
+// 4.3 TB/s over 132 multiprocessors and 0.8 us need. Gradients load two tensors; channels_last and fp64 have no registers
+// to spare.
 #if defined(TCONV_SUMS) && (TCONV_CHANNELS_LAST || TCONV_DTYPE_f64)
 constexpr int kBytes = 16;
 #else
