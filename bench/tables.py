@@ -25,9 +25,10 @@ Row = dict[str, Any]
 
 
 def records() -> list[tuple[str, dict[str, Any]]]:
-    """Result files, GPUs first."""
+    """Result files, GPUs first, the newest of a kind first."""
     found = [(path.stem, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
-    return sorted(found, key=lambda entry: (entry[1]["machine"]["kind"] != "cuda", entry[0]))
+    found.sort(key=lambda entry: str(entry[1]["date"]), reverse=True)
+    return sorted(found, key=lambda entry: entry[1]["machine"]["kind"] != "cuda")
 
 
 def name_of_machine(record: dict[str, Any]) -> str:
