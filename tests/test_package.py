@@ -103,7 +103,7 @@ def test_compile_for_training_names_what_training_runs() -> None:
     assert problems[3].endswith("grad_epilogue | add_channel gelu")  # the bias's gradient is that of an added operand
     assert problems[4].endswith("grad_epilogue | relu")
     for problem in problems:
-        _C.plan_string(problem.replace(" tf32", ""), "cpu")
+        _C.plan_string(problem.replace(" tf32", ""), "cpu", "")
 
 
 def upsampler() -> torch.nn.Module:
