@@ -98,31 +98,46 @@ class Compile : public testing::TestWithParam<Target> {};
 
 constexpr std::size_t kShards = 4;  // tests run in parallel
 
+void compile_one(const Unit& unit, const std::string& what, const char* arch, const Device& device) {
+  BuildReport report;
+  std::string code;
+  try {
+    code = compile(unit, arch, &report);
+  } catch (const std::runtime_error& error) {
+    ADD_FAILURE() << what << ": " << error.what();
+    return;
+  }
+  EXPECT_EQ(code.substr(0, 4),
+            "\x7f"
+            "ELF")
+      << what;
+  EXPECT_GT(report.registers, 0) << what << ": the compiler's report has no entry of this name";
+  EXPECT_EQ(report.spill_bytes, 0u) << what;
+  EXPECT_LE(unit.shared_bytes + report.static_shared_bytes, device.shared_memory_per_block) << what;
+  EXPECT_LE(report.static_shared_bytes, 48u * 1024) << what;
+  EXPECT_GT(unit.threads, 0) << what;
+  // Registers are handed out in units of 8 a thread, 65536 to a multiprocessor.
+  EXPECT_LE((report.registers + 7) / 8 * 8 * ((unit.threads + 31) / 32 * 32), 65536) << what;
+}
+
 void compile_all(const Target& target, std::size_t shard) {
   const Device device = known_device(target.device);
   const std::vector<Work> work = all_units(device, target.turn);
   ASSERT_GT(work.size(), 50u);
-  for (std::size_t i = shard; i < work.size(); i += kShards) {
-    const Work& item = work[i];
-    BuildReport report;
-    std::string code;
-    try {
-      code = compile(item.unit, target.arch, &report);
-    } catch (const std::runtime_error& error) {
-      ADD_FAILURE() << item.what << ": " << error.what();
-      continue;
-    }
-    EXPECT_EQ(code.substr(0, 4),
-              "\x7f"
-              "ELF")
-        << item.what;
-    EXPECT_GT(report.registers, 0) << item.what << ": the compiler's report has no entry of this name";
-    EXPECT_EQ(report.spill_bytes, 0u) << item.what;
-    EXPECT_LE(item.unit.shared_bytes + report.static_shared_bytes, device.shared_memory_per_block) << item.what;
-    EXPECT_LE(report.static_shared_bytes, 48u * 1024) << item.what;
-    EXPECT_GT(item.unit.threads, 0) << item.what;
-    // Registers are handed out in units of 8 a thread, 65536 to a multiprocessor.
-    EXPECT_LE((report.registers + 7) / 8 * 8 * ((item.unit.threads + 31) / 32 * 32), 65536) << item.what;
+  for (std::size_t i = shard; i < work.size(); i += kShards)
+    compile_one(work[i].unit, work[i].what, target.arch, device);
+}
+
+// A chunk of channels is a stage of the ring where all stay for several passes, and a stage has barriers.
+TEST(CompileConfigs, BarriersOfManyChunksFit) {
+  NEEDS_NVRTC();
+  const Device device = known_device("h200");
+  const Problem problem = parse_problem("2d b8 c1024>512 i32x32 t2x2 s2 f16");
+  for (const char* config : {"ring_gemm_sm90:64x32x8,s7,w20", "ring_gemm_sm90:64x48x8,s1,w20,k2"}) {
+    const Plan plan = make_plan(problem, {}, device, config, kernels(Backend::cuda));
+    for (const Step& step : plan.steps)
+      for (const Unit& unit : step.kernel->units(step))
+        compile_one(unit, unit.entry + " of " + config, "sm_90a", device);
   }
 }
 

@@ -399,6 +399,22 @@ TEST(Registered, PlansForHandWrittenGpusCannotRun) {
   EXPECT_THROW(execute(*made, {}), std::runtime_error);
 }
 
+TEST(Registered, APackedSourceComesInPieces) {
+  if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
+  auto workspace = [](const char* problem) {
+    const Plan plan = make_plan(parse_problem(problem), {}, known_device("h200"), "ring_gemm_sm90:64x96x8,s1,w20",
+                                kernels(Backend::cuda));
+    return plan.workspace_bytes;
+  };
+  constexpr std::size_t kMega = std::size_t{1} << 20;
+  const std::size_t one = workspace("2d b1 c16>16 i1024x1024 t3x3 f16"),
+                    many = workspace("2d b64 c16>16 i1024x1024 t3x3 f16");
+  EXPECT_GE(one, 32 * kMega);    // 16 channels of 2 bytes at 2^20 positions
+  EXPECT_GE(many, 256 * kMega);  // eight images of 64
+  EXPECT_LT(many, 257 * kMega);
+  EXPECT_THROW(workspace("2d b1 c16>16 i8192x8192 t3x3 f16"), std::invalid_argument);  // one image of 2 GiB
+}
+
 std::string snapshot() {
   std::ostringstream text;
   text << "# What is chosen for the problems that matter. Written by planner_test with TCONV_UPDATE_SNAPSHOT=1.\n";

@@ -202,8 +202,7 @@ def _problems_of_model(name: str, shapes: Sequence[str], dtype: str) -> List[str
         if plan is None:
             continue
         head, bar, chain = plan.problem.partition("|")
-        # What PyTorch's flags make of an fp32 layer on CUDA.
-        tf32 = dtype == "f32" and _C.parse_problem(head)["groups"] == 1 and _core.tf32_allowed()
+        tf32 = dtype == "f32" and _core.default_is_tf32(_core.FORWARD, _C.parse_problem(head)["groups"])
         texts.append(f"{head.strip()}{' tf32' if tf32 else ''}{f' | {chain.strip()}' if bar else ''}")
     return list(dict.fromkeys(texts))
 
@@ -216,9 +215,9 @@ def _directions(problem: str, training: bool) -> List[str]:
     head = p["text"].partition("|")[0].strip()
     pre = " ".join(t for t in p["epilogue"].split() if t.startswith("pre:"))
     ops = " ".join(t for t in p["epilogue"].split() if not t.startswith("pre:") and t != "bias")
-    # PyTorch's flag decides for the gradients of grouped layers too, which run forward in full precision.
-    follows = p["dtype"] == "f32" and p["groups"] > 1 and "tf32" not in head.split() and _core.tf32_allowed()
-    precision = " tf32" if follows else ""
+    # A grouped layer's gradients follow the flags though its forward pass, and so the string, is in full precision.
+    follows = p["dtype"] == "f32" and p["groups"] > 1 and "tf32" not in head.split()
+    precision = " tf32" if follows and _core.default_is_tf32(_core.GRAD_INPUT, p["groups"]) else ""
     found = [
         f"{p['text']} save" if ops else p["text"],
         f"{head} grad_input{precision}",
@@ -231,7 +230,7 @@ def _directions(problem: str, training: bool) -> List[str]:
         return f"{shape} grad_epilogue | {chain}"
 
     if ops:
-        # As in _fused.chain_backward_with_bias.
+        # As in _fused._bias_as_operand.
         found.append(alone(p["out_channels"], p["output"], f"add_channel {ops}" if p["bias"] else ops))
     if pre:
         found.append(alone(p["in_channels"], p["input"], pre.replace("pre:", "")))

@@ -63,13 +63,19 @@ def tf32_allowed() -> bool:
     return bool(torch.backends.cudnn.allow_tf32)
 
 
+def default_is_tf32(direction: int, groups: int) -> bool:
+    """What the flags make of an fp32 problem on CUDA.
+
+    cuDNN computes the forward pass of grouped layers in fp32 whatever they say, most of their gradients in TF32.
+    """
+    return (groups == 1 or direction in (GRAD_INPUT, GRAD_WEIGHT)) and tf32_allowed()
+
+
 def _precision_code(precision: int, x: Tensor, direction: int, groups: int) -> int:
     if x.dtype != torch.float32 or not x.is_cuda:
         return FP32  # the CPU computes in fp32 always; other dtypes have one arithmetic only
     if precision == FOLLOW_FLAGS:
-        # cuDNN computes the forward pass of grouped layers in fp32 whatever the flag says, most of their gradients in
-        # TF32.
-        return TF32 if (groups == 1 or direction in (GRAD_INPUT, GRAD_WEIGHT)) and tf32_allowed() else FP32
+        return TF32 if default_is_tf32(direction, groups) else FP32
     return precision
 
 

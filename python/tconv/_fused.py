@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ._core import Entry, Geometry
 
 _entries: dict = {}
 _STATISTICS = {torch.float64: torch.float64}
-_MAX_OPERANDS = 16  # kMaxOperands of tconv.h
+MAX_OPERANDS = 16  # kMaxOperands of tconv.h
 
 
 class FusedEntry(Entry):
@@ -317,30 +317,16 @@ def chain_backward(
     return [result, *(g.to(t.dtype) if want else g for g, t, want in zip(grads, operands, wanted))]
 
 
-def chain_backward_with_bias(
-    backward: Callable[..., List[Tensor]],
-    raw: Tensor,
-    grad_output: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    operands: Sequence[Tensor],
-    chain: str,
-    rank: int,
-    wanted: Sequence[bool],
-) -> Tuple[Tensor, Optional[Tensor], List[Tensor]]:
-    """Gradients of ``raw``, of the bias, which ``raw`` contains, and of the operands.
+def _bias_as_operand(
+    raw: Tensor, operands: Sequence[Tensor], chain: str, rank: int, wanted: Sequence[bool]
+) -> Tuple[List[Tensor], str, List[bool]]:
+    """Operands, chain and what is wanted of ``chain_backward`` with one more operand: a zero that is added to ``raw``.
 
-    The bias's is that of one more operand, a zero that is added to ``raw``: the pass that writes the gradient of
-    ``raw`` adds it up too, and nothing reads it again for that. None where the chain has no room for another operand.
+    Its gradient is that of the bias, which ``raw`` contains: the pass that writes the gradient of ``raw`` adds it up
+    too, and nothing reads it again for that.
     """
-    if len(operands) >= _MAX_OPERANDS:
-        grad, *grads = backward(raw, grad_output, mean, rstd, operands, chain, rank, wanted)
-        return grad, None, grads
     zero = raw.new_zeros(raw.shape[-rank - 1], dtype=_operand_dtype(chain, operands, raw.dtype) or raw.dtype)
-    grad, bias, *grads = backward(
-        raw, grad_output, mean, rstd, [zero, *operands], "add_channel " + chain, rank, [True, *wanted]
-    )
-    return grad, bias.to(raw.dtype), grads
+    return [zero, *operands], "add_channel " + chain, [True, *wanted]
 
 
 def pre_backward(x: Tensor, grad: Tensor, chain: str, rank: int) -> Tensor:
@@ -376,13 +362,14 @@ class FusedConvTranspose(Function):
         grads: List[Optional[Tensor]] = [None] * len(operands)
         grad_x = grad_w = grad_bias = None
         if ctx.has_ops:
-            of_chain = (raw, grad, mean, rstd, operands, chain, geom.rank, wanted)
-            if need_bias:
-                grad, grad_bias, of_operands = chain_backward_with_bias(chain_backward, *of_chain)
-            else:
-                grad, *of_operands = chain_backward(*of_chain)
-            grads = [g if want else None for g, want in zip(of_operands, wanted)]
-        need_bias = need_bias and grad_bias is None
+            joins = need_bias and len(operands) < MAX_OPERANDS
+            given, words, asked = operands, chain, wanted
+            if joins:
+                given, words, asked = _bias_as_operand(raw, operands, chain, geom.rank, wanted)
+            grad, *rest = chain_backward(raw, grad, mean, rstd, given, words, geom.rank, asked)
+            if joins:
+                grad_bias, need_bias = rest.pop(0).to(raw.dtype), False
+            grads = [g if want else None for g, want in zip(rest, wanted)]
         pre = _pre_only(chain)
         if need_x:
             grad_x = _core.grad_input(geom, grad, w, x.shape[-geom.rank :])
@@ -547,11 +534,13 @@ def _training_backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> Any:
     grads: List[Optional[Tensor]] = [None] * ctx.count
     grad_x = grad_w = grad_bias = None
     if _chain.parse(chain)[1]:
-        of_chain = (raw, grad, mean, rstd, operands, chain, rank, wanted)
-        if need_bias:
-            grad, grad_bias, rest = chain_backward_with_bias(torch.ops.tconv.chain_backward, *of_chain)
-        else:
-            grad, *rest = torch.ops.tconv.chain_backward(*of_chain)
+        joins = need_bias and len(operands) < MAX_OPERANDS
+        given, words, asked = operands, chain, wanted
+        if joins:
+            given, words, asked = _bias_as_operand(raw, operands, chain, rank, wanted)
+        grad, *rest = torch.ops.tconv.chain_backward(raw, grad, mean, rstd, given, words, rank, asked)
+        if joins:
+            grad_bias, need_bias = rest.pop(0).to(raw.dtype), False
         grads = [g if want else None for g, want in zip(rest, wanted)]
     assert grad is not None
     pre = _pre_only(chain)
@@ -563,7 +552,7 @@ def _training_backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> Any:
     if need_w:
         activated = torch.ops.tconv.apply_pre(x, chain, rank) if pre else x
         grad_w = _ops.grad_weight(activated, grad, w.shape[2:], geom)
-    if need_bias and grad_bias is None:
+    if need_bias:
         grad_bias = _autograd.bias_gradient(grad, rank)
     return (grad_x, grad_w, grad_bias, grads, None, *(None,) * 6)
 

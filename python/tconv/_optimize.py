@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import _chain, _core
 from . import nn as tnn
+from ._fused import MAX_OPERANDS
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -299,7 +300,7 @@ class _Optimizer:
                 self.reasons.setdefault(id(conv), answer)
                 break
             operands += 4 if answer.statistics else 2 if answer.norm else 1
-            if operands > tnn._MAX_OPERANDS:
+            if operands > MAX_OPERANDS:
                 break
             normed = normed or answer.norm
             taken.append(module)

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from . import _chain, _core, _fused
 from . import functional as F
 from ._chain import Answer, Described, rule
+from ._fused import MAX_OPERANDS
 
 __all__ = [
     "Add",
@@ -318,8 +319,6 @@ def _channel_layer_norm(module: ChannelLayerNorm, channels: int) -> Answer:
 
 # --- Fused ------------------------------------------------------------------------------------------------------------
 
-_MAX_OPERANDS = 16  # kMaxOperands of tconv.h
-
 
 class Recipe:
     """A checked chain. The words are made once: they are Python formatting, which torch.compile cannot trace."""
@@ -371,7 +370,7 @@ def assemble(conv: Any, recipe: Recipe, ops: Sequence[Any], input: Tensor, extra
                 break
         else:
             own = word.operands(module, conv.out_channels)
-        if len(operands) + len(own) > _MAX_OPERANDS:
+        if len(operands) + len(own) > MAX_OPERANDS:
             break
         used += word.residual
         operands.extend(own)

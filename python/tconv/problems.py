@@ -79,7 +79,8 @@ class Shape:
         text += dims("op", self.output_padding, 0) + dims("d", self.dilation, 1) + f" {dtype}"
         text += " channels_last" if layout == "channels_last" else ""
         text += f" {direction}" if direction != "forward" else ""
-        return text + (" tf32" if tf32 and dtype == "f32" and self.groups == 1 else "")
+        follows = self.groups == 1 or direction in ("grad_input", "grad_weight")  # as _core.default_is_tf32
+        return text + (" tf32" if tf32 and dtype == "f32" and follows else "")
 
     def chain(self) -> str:
         parts = (["bias"] if self.bias else []) + [f"{n}({','.join(a)})" if a else n for n, a in self.ops]

@@ -75,7 +75,7 @@ struct Grid {
 // Enqueues on the stream in the device's primary context. `args` point to the parameter values.
 void launch(const Function& function, Grid grid, Stream stream, void* const* args);
 // The same for a kernel that calls wait_for_kernel_before() (convert.cuh) before it touches memory: its start overlaps with
-// the end of the kernel before it, where the device can do that. About 3 us less for a pair.
+// the end of the kernel before it, where the device can do that.
 void launch_behind(const Function& function, Grid grid, Stream stream, void* const* args);
 // How many clusters of so many blocks, the size that the kernel states, run at a time; 0 where the driver cannot say.
 int active_clusters(const Function& function, int blocks);
@@ -121,12 +121,13 @@ struct LoadedWith : Loaded {
   Geometry geometry;
 };
 template <class Geometry>
-void prepare_with(Step& step, Geometry geometry) {
+Geometry& prepare_with(Step& step, Geometry geometry) {
   prepare(step);
   auto state = std::make_shared<LoadedWith<Geometry>>();
   state->functions = static_cast<const Loaded*>(step.state.get())->functions;
   state->geometry = std::move(geometry);
-  step.state = std::shared_ptr<Loaded>(std::move(state));
+  step.state = std::shared_ptr<Loaded>(state);
+  return state->geometry;
 }
 template <class Geometry>
 const Geometry& prepared(const Step& step) {

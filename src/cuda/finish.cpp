@@ -119,6 +119,8 @@ struct Geometry {
   int64_t row_blocks = 0;                                             // of the kernels that walk along positions
   int64_t position_blocks = 0;                                        // of those that go across channels
   std::size_t partial_bytes = 0, statistic_bytes = 0, sum_bytes = 0;  // each a multiple of 256
+  int64_t sums = 0;                                                   // gradients that are sums over a channel
+  bool channels_fill_packs = false;                                   // channels_last
 };
 
 std::size_t align(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -142,6 +144,7 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
   a.lanes = kThreads;
   int64_t rows, least;
   const int64_t pack = pack_of(problem, epilogue);
+  g.channels_fill_packs = a.channels % pack == 0;
   if (channels_last) {
     const int64_t packs = std::max<int64_t>(ceil_div(a.channels, pack), 1),
                   columns = std::min<int64_t>(packs, kThreads);
@@ -167,7 +170,8 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
   const auto per_quantity = static_cast<std::size_t>(a.channels * a.batch * a.chunks) * accum;
   std::size_t quantities = norm == 1 ? 2 : 0;
   if (problem.direction == Direction::grad_epilogue) {
-    quantities = std::max(quantities, sums_of(epilogue).slots.size());
+    g.sums = static_cast<int64_t>(sums_of(epilogue).slots.size());
+    quantities = std::max(quantities, static_cast<std::size_t>(g.sums));
     g.sum_bytes = align(2 * static_cast<std::size_t>(a.statistics) * accum);
   }
   g.partial_bytes = align(quantities * per_quantity);
@@ -235,8 +239,8 @@ void launch(const Step& step, const Tensors& tensors, Stream stream) {
   const Epilogue& epilogue = step.epilogue;
   const bool gradient = problem.direction == Direction::grad_epilogue;
   const int norm = norm_number(epilogue);
-  Geometry g = geometry(problem, epilogue, step.device);
-  Arguments& a = g.arguments;
+  const Geometry& g = prepared<Geometry>(step);
+  Arguments a = g.arguments;
   a.input = tensors.input;
   a.grad_output = tensors.grad_output;
   a.output = tensors.output;
@@ -248,7 +252,7 @@ void launch(const Step& step, const Tensors& tensors, Stream stream) {
   a.rstd = tensors.rstd ? tensors.rstd : workspace + g.partial_bytes + g.statistic_bytes;
   a.sums = workspace + g.partial_bytes + 2 * g.statistic_bytes;
   a.packed = aligned(a.input) && aligned(a.output) && (!gradient || aligned(a.grad_output)) &&
-             (problem.layout == Layout::contiguous || a.channels % pack_of(problem, epilogue) == 0);
+             (problem.layout == Layout::contiguous || g.channels_fill_packs);
 
   std::array<const void*, kMaxOperands> operands = tensors.operands;
   std::array<void*, kMaxOperands> grad_operands = tensors.grad_operands;
@@ -286,9 +290,10 @@ void launch(const Step& step, const Tensors& tensors, Stream stream) {
     enqueue(g.position_blocks);
   }
   enqueue(g.row_blocks);
-  const auto sums = static_cast<int64_t>(sums_of(epilogue).slots.size());
-  if (sums > 0) merge(sums * a.channels, a.batch * a.chunks);
+  if (g.sums > 0) merge(g.sums * a.channels, a.batch * a.chunks);
 }
+
+void prepare_launch(Step& step) { prepare_with(step, geometry(step.problem, step.epilogue, step.device)); }
 
 }  // namespace
 
@@ -302,6 +307,25 @@ int norm_number(const Epilogue& epilogue) {
       return 2;
     default:
       return 3;
+  }
+}
+
+double math_of(OpKind kind) {
+  switch (kind) {
+    case OpKind::softplus:
+      return 45;
+    case OpKind::mish:
+    case OpKind::gelu:
+      return 33;
+    case OpKind::gelu_tanh:
+    case OpKind::elu:
+    case OpKind::silu:
+    case OpKind::sigmoid:
+      return 25;
+    case OpKind::tanh:
+      return 20;
+    default:
+      return is_norm(kind) ? 0 : 4;
   }
 }
 
@@ -336,6 +360,6 @@ std::string finish_prelude(const Step& step) {
 }
 
 extern const Kernel finish;
-const Kernel finish{"finish", kConfigs, fit, units, prepare, launch};
+const Kernel finish{"finish", kConfigs, fit, units, prepare_launch, launch};
 
 }  // namespace tconv::cuda

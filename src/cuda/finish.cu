@@ -4,8 +4,8 @@
 // Method    A thread walks over positions in packs: 16 bytes of one channel (contiguous; 8 to 256 threads to a row), or up
 //           to 4 channels of one position (channels_last). What belongs to a channel stays in registers, and no index is
 //           divided. Up to 32 bytes are loaded before any is used.
-//           Steps that lie inside their row as a whole have a copy of the code without a test per element: those tests
-//           were half of the instructions, and 16-bit chains are bound by instructions.
+//           Steps that lie inside their row as a whole have a copy of the code without a test per element, because 16-bit
+//           chains are bound by instructions.
 //           Statistics: (count, mean, M2) of the elements of a step at a time, merged along the thread, the row and then
 //           the rows of a group, always in the same order. They need a pass of their own (a group's result depends on all
 //           of it), then the apply pass reads the input a second time: 3 transfers where a pointwise pass needs 2.
@@ -177,10 +177,6 @@ struct Walk {
   }
 };
 
-template <bool kValue>
-struct Flag {
-  static constexpr bool value = kValue;
-};
 // Steps of a thread over its part of the row: step(Flag<whether the step is whole>, base).
 template <typename Step>
 __device__ __forceinline__ void each_step(const Arguments& a, const Walk& walk, Step step) {

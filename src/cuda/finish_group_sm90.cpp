@@ -83,7 +83,7 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   const double clusters = device.multiprocessors / kBlocks;
   const double waves =
       std::ceil(static_cast<double>(g.statistics) / clusters) * clusters / static_cast<double>(g.statistics);
-  // 0.7 of the copy bandwidth: three quarters of the clusters that there could be run at a time, and they wait together.
+  // 0.7 of the copy bandwidth, fitted likewise: the blocks of a cluster wait together.
   const double memory = bytes / (0.7 * device.bandwidth_tbs);
   fit.microseconds = 4 + elements * 1e-6 * waves * (std::max(memory, math) + 0.2 * std::min(memory, math));
   fit.workspace_bytes = 2 * static_cast<std::size_t>(g.statistics) * 4;
@@ -98,12 +98,10 @@ std::vector<Unit> units(const Step& step) {
 
 // As many clusters as run at a time: one more would begin when all others have ended.
 void prepare_launch(Step& step) {
-  Geometry g = geometry(step.problem, step.epilogue);
-  prepare(step);
+  Geometry& g = prepare_with(step, geometry(step.problem, step.epilogue));
   const int active = active_clusters(function(step), kBlocks);
   const int64_t most = active > 0 ? active : step.device.multiprocessors / kBlocks;
   g.clusters = static_cast<int>(std::max<int64_t>(1, std::min(g.statistics, most)));
-  prepare_with(step, g);
 }
 
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {

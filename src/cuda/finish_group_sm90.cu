@@ -86,11 +86,6 @@ __device__ __forceinline__ void fetch(const GroupArgs& a, long long element, uin
   }
 }
 
-template <bool kValue>
-struct Flag {
-  static constexpr bool value = kValue;
-};
-
 // The channels of the packs that a thread walks over in order: `first`, and from item `change` of the group on the next.
 // Without a division per pack.
 struct Channels {

@@ -3,6 +3,12 @@
 #pragma once
 #include "epilogue.cuh"
 
+// A constant as an argument: decltype(flag)::value.
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
 // (count, mean, M2) of two disjoint sets as that of both.
 template <typename T>
 __device__ __forceinline__ void merge_moments(T& n, T& mean, T& m2, T other_n, T other_mean, T other_m2) {

@@ -35,12 +35,16 @@ __device__ __forceinline__ void turn_source(const SourcePack& a, const storage_t
                                             uint4 (&turned)[kTile][kSourceUnits + 1]) {
   constexpr int kItems = kTile / kWide * kSourceUnits / 256, kChannelStep = TCONV_CHANNELS_LAST ? 1 : 0;
   storage_t item[kItems][kWide][kPerUnit];
+  // Position and unit of an item: lanes along what is contiguous in the source.
+  auto locate = [](int n, int& p, int& u) {
+    const int i = n * 256 + threadIdx.x;
+    p = (TCONV_CHANNELS_LAST ? i / kSourceUnits : i % (kTile / kWide)) * kWide;
+    u = TCONV_CHANNELS_LAST ? i % kSourceUnits : i / (kTile / kWide);
+  };
 #pragma unroll
   for (int n = 0; n < kItems; ++n) {
-    const int i = n * 256 + threadIdx.x;
-    // Lanes along what is contiguous in the source.
-    const int p = (TCONV_CHANNELS_LAST ? i / kSourceUnits : i % (kTile / kWide)) * kWide;
-    const int u = TCONV_CHANNELS_LAST ? i % kSourceUnits : i / (kTile / kWide);
+    int p, u;
+    locate(n, p, u);
 #pragma unroll
     for (int e = 0; e < kPerUnit; ++e) {
       const int k = u * kPerUnit + e;
@@ -57,9 +61,8 @@ __device__ __forceinline__ void turn_source(const SourcePack& a, const storage_t
   }
 #pragma unroll
   for (int n = 0; n < kItems; ++n) {
-    const int i = n * 256 + threadIdx.x;
-    const int p = (TCONV_CHANNELS_LAST ? i / kSourceUnits : i % (kTile / kWide)) * kWide;
-    const int u = TCONV_CHANNELS_LAST ? i % kSourceUnits : i / (kTile / kWide);
+    int p, u;
+    locate(n, p, u);
 #pragma unroll
     for (int w = 0; w < kWide; ++w) {
 #if TCONV_DTYPE_f32

@@ -240,7 +240,7 @@ std::vector<Unit> units(const Step& step) {
 
 struct Ready : Loaded {
   Geometry geometry;
-  int64_t items = 0;
+  int64_t items = 0, images_at_once = 0;
   unsigned pack_blocks = 0;
   std::vector<std::size_t> tensor_operands;  // slots of operands with a value per element
 };
@@ -252,6 +252,7 @@ void prepare_launch(Step& step) {
   ready->geometry = geometry(step.problem, step.epilogue, step.device, step.config,
                              layer_geometry(step.problem, fold_of(step.config)));
   ready->items = num_items(step.problem, step.config, ready->geometry);
+  ready->images_at_once = images_at_once(step.problem, step.config, ready->geometry);
   for (std::size_t i = 0; i < step.epilogue.ops.size(); ++i)
     if (operand_kind(step.epilogue.ops[i].kind) == OperandKind::tensor)
       ready->tensor_operands.push_back(static_cast<std::size_t>(operand_offset(step.epilogue, static_cast<int>(i))));
@@ -404,7 +405,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   }
   const int64_t size = static_cast<int64_t>(size_of(problem.dtype));
   const int64_t result_size = static_cast<int64_t>(size_of(step.epilogue.output_dtype.value_or(problem.dtype)));
-  const int64_t wide = 16 / result_size, at_once = images_at_once(problem, step.config, g);
+  const int64_t wide = 16 / result_size, at_once = ready.images_at_once;
   void* pointers[] = {&args};
   for (int64_t image = 0; image < g.batch; image += at_once) {
     const int64_t images = std::min(at_once, g.batch - image);

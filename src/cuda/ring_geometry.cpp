@@ -7,6 +7,8 @@
 #include <limits>
 #include <map>
 
+#include "finish_prelude.h"
+
 namespace tconv::cuda::ring {
 namespace {
 

@@ -72,23 +72,4 @@ std::string list(const std::vector<int>& values) {
   return text;
 }
 
-double math_of(OpKind kind) {
-  switch (kind) {
-    case OpKind::softplus:
-      return 45;
-    case OpKind::mish:
-    case OpKind::gelu:
-      return 33;
-    case OpKind::gelu_tanh:
-    case OpKind::elu:
-    case OpKind::silu:
-    case OpKind::sigmoid:
-      return 25;
-    case OpKind::tanh:
-      return 20;
-    default:
-      return is_norm(kind) ? 0 : 4;
-  }
-}
-
 }  // namespace tconv::cuda

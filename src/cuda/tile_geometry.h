@@ -6,8 +6,6 @@
 #include <string>
 #include <vector>
 
-#include "tconv/epilogue.h"
-
 namespace tconv::cuda {
 
 // Source rows of a tile in one dimension: slot(position, tap) = position * step + tap_slot[tap].
@@ -31,9 +29,6 @@ Columns columns_of(int tile, int multiplier, const std::vector<int>& offset);
 
 // "1,2,3": the initialiser of a table in a prelude.
 std::string list(const std::vector<int>& values);
-
-// What an operation costs per result, in instructions about.
-double math_of(OpKind kind);
 
 constexpr int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
