@@ -318,8 +318,8 @@ int run_time(const Options& options) {
   return 0;
 }
 
-// kernel:config of the `top` cheapest configs of each kernel (or of `only`) by prediction, at most two of one tile; none
-// that is predicted to take over 12 times the cheapest.
+// kernel:config of the `top` cheapest configs of each kernel (or of `only`) by prediction, at most two of one tile (four
+// where more than 8 are asked for); none that is predicted to take over 12 times the cheapest.
 std::vector<std::string> top_candidates(const Problem& problem, const Epilogue& epilogue, const Device& device, int top,
                                         const std::string& only) {
   const Plan plan = make_plan(problem, epilogue, device, {}, kernels(device.backend));
@@ -336,7 +336,7 @@ std::vector<std::string> top_candidates(const Problem& problem, const Epilogue& 
     const std::string tile =
         candidate->kernel + std::to_string(candidate->config.block_m) + "x" + std::to_string(candidate->config.block_n);
     if (candidate->fit.microseconds > 12 * fitting.front()->fit.microseconds) break;
-    if (of_tile[tile] >= 2 || of_kernel[candidate->kernel] >= top) continue;
+    if (of_tile[tile] >= (top > 8 ? 4 : 2) || of_kernel[candidate->kernel] >= top) continue;
     ++of_tile[tile];
     ++of_kernel[candidate->kernel];
     names.push_back(candidate->kernel + ":" + to_string(candidate->config));

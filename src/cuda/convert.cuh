@@ -24,6 +24,28 @@ __device__ __forceinline__ long long weight_element(int channels_last, long long
   return channels_last ? (ci * kTaps + tap) * kOutputChannels + co : (ci * kOutputChannels + co) * kTaps + tap;
 }
 
+// A place in global memory that the compiler knows nothing else about. Where it knows how one was worked out, it may do that
+// again from the kernel's parameters for every store instead of keeping it.
+template <typename T>
+__device__ __forceinline__ T* opaque_global(T* pointer) {
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
+// Division by a number that the host knows at launch: three instructions instead of some twenty, four of them to the
+// special function unit. Dividends are below 2^31. The host's part is fast_divide() in driver.h.
+struct FastDivide {
+  unsigned divisor, multiplier, shift;
+  // Leaves the quotient in `index` and gives the remainder.
+  __device__ __forceinline__ int take_remainder(unsigned& index) const {
+    const unsigned quotient = (__umulhi(index, multiplier) + index) >> shift;
+    const unsigned remainder = index - quotient * divisor;
+    index = quotient;
+    return static_cast<int>(remainder);
+  }
+};
+
 // widen: a stored element as the type it is computed in.
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }

@@ -147,6 +147,18 @@ const Geometry& of_last_problem(const Problem& problem, Geometry (&layer_geometr
   return *geometry;
 }
 
+// A divisor as FastDivide (convert.cuh) takes it, for dividends below 2^31.
+struct FastDivide {
+  std::uint32_t divisor, multiplier, shift;
+};
+inline FastDivide fast_divide(std::int64_t divisor) {
+  std::uint32_t shift = 0;
+  while ((std::int64_t{1} << shift) < divisor) ++shift;
+  const std::uint64_t d = static_cast<std::uint64_t>(divisor);
+  const std::uint64_t multiplier = (((std::uint64_t{1} << shift) - d) << 32) / d + 1;
+  return {static_cast<std::uint32_t>(d), static_cast<std::uint32_t>(multiplier), shift};
+}
+
 // `#define` lines that all kernels share: dtype, layout, channels per group, taps, stride, padding, dilation, and the
 // epilogue: a generated `__device__ T tconv_epilogue(T x, int channel, long long element, const Operands&)` for the
 // pointwise operations of step.epilogue.ops (those before the norm, if there is one), and `tconv_pre(T x)` for pre.

@@ -52,6 +52,15 @@ __device__ __forceinline__ unsigned to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
+// The same for the tensor core, which drops the bits below the tenth of the mantissa: half a unit of that is added.
+// cvt.rna costs three instructions a value, this two; infinities and NaN are left as they are.
+__device__ __forceinline__ unsigned nearest_tf32(unsigned x) {
+  asm("{ .reg .pred finite; .reg .f32 size; abs.f32 size, %1; setp.lt.f32 finite, size, 0f7f800000;\n"
+      "@finite add.u32 %0, %0, 0x1000; }"
+      : "+r"(x)
+      : "f"(__uint_as_float(x)));
+  return x;
+}
 
 __device__ __forceinline__ void multiply_tf32(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm volatile(
@@ -79,18 +88,21 @@ __device__ __forceinline__ void multiply_bf16(float (&c)[4], const unsigned (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Packed columns of one (tap, k8): kParts x kNTiles x {b0, b1} per lane, two tiles per 16-byte load.
+// Packed columns of one (tap, k8) in 16-byte loads of a lane: {b0, b1} of two tiles, for each part; with a single tile, of
+// both parts.
 template <int kNTiles, int kParts>
 struct WeightFragments {
   unsigned word[kParts][kNTiles * 2];
   __device__ __forceinline__ void load(const unsigned* from, int lane) {
+    if constexpr (kNTiles == 1 && kParts == 1) {
+      const uint2 two = __ldg(reinterpret_cast<const uint2*>(from) + lane);
+      word[0][0] = two.x, word[0][1] = two.y;
+    } else if constexpr (kNTiles == 1) {
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(from) + lane);
+      word[0][0] = four.x, word[0][1] = four.y, word[1][0] = four.z, word[1][1] = four.w;
+    } else {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      if (kNTiles == 1) {
-        const uint2 pair = __ldg(reinterpret_cast<const uint2*>(from + part * (kNTiles * 64)) + lane);
-        word[part][0] = pair.x;
-        word[part][1] = pair.y;
-      } else {
+      for (int part = 0; part < kParts; ++part)
 #pragma unroll
         for (int v = 0; v < kNTiles / 2; ++v) {
           const uint4 four = __ldg(reinterpret_cast<const uint4*>(from + part * (kNTiles * 64)) + v * 32 + lane);
@@ -99,12 +111,13 @@ struct WeightFragments {
           word[part][4 * v + 2] = four.z;
           word[part][4 * v + 3] = four.w;
         }
-      }
     }
   }
 };
 
-// 16 positions over 8 words, rounded for the tensor core: once per shift, for all products that use it.
+// 16 positions over 8 words as the tensor core takes them: once per shift, for all products that use it. In two parts it drops
+// the low bits of a word by itself, so the big part is the word and the small one what that loses, exactly; of the small part
+// it drops what is below 2^-20 of the value. A value that is not finite leaves NaN.
 template <int kParts>
 struct LineFragments {
   unsigned word[kParts][4];
@@ -113,14 +126,31 @@ struct LineFragments {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
 #if TCONV_DTYPE_f32
-      word[0][r] = to_tf32(__uint_as_float(raw[r]));
-      if (kParts == 2) word[kParts - 1][r] = to_tf32(__uint_as_float(raw[r]) - __uint_as_float(word[0][r]));
+      word[0][r] = kParts == 1 ? nearest_tf32(raw[r]) : (raw[r] + 0x1000) & 0xffffe000;
+      if (kParts == 2) word[kParts - 1][r] = __float_as_uint(__uint_as_float(raw[r]) - __uint_as_float(word[0][r]));
 #else
       word[0][r] = raw[r];
 #endif
     }
   }
 };
+
+#if TCONV_DTYPE_f32
+// fp32 accuracy: x = big + small on both sides. small * small is dropped: below 2^-21, and of either sign, because the small
+// parts of weights are. kZero: the sum before was zero.
+template <bool kZero, int kNTiles, int kParts>
+__device__ __forceinline__ void multiply_parts(float (&sum)[4], const LineFragments<kParts>& line,
+                                               const WeightFragments<kNTiles, kParts>& weights, int ni) {
+  constexpr int kSmall = kParts - 1;
+  const unsigned b0 = weights.word[0][2 * ni], b1 = weights.word[0][2 * ni + 1];
+  if (kZero)
+    multiply_tf32_from_zero(sum, line.word[kSmall], b0, b1);
+  else
+    multiply_tf32(sum, line.word[kSmall], b0, b1);
+  multiply_tf32(sum, line.word[0], weights.word[kSmall][2 * ni], weights.word[kSmall][2 * ni + 1]);
+  multiply_tf32(sum, line.word[0], b0, b1);
+}
+#endif
 
 // 16 positions times 8 * kNTiles channels over 8 words.
 template <int kNTiles, int kParts>
@@ -134,15 +164,12 @@ __device__ __forceinline__ void multiply_line(float (&c)[kNTiles][4], const Line
 #elif TCONV_DTYPE_bf16
     multiply_bf16(c[ni], line.word[0], b0, b1);
 #else
-    if (kParts == 1) {
+    if constexpr (kParts == 1) {
       multiply_tf32(c[ni], line.word[0], b0, b1);
     } else {
-      // fp32 accuracy: x = big + small on both sides, the product small * small is below 2^-22. The tensor core truncates
-      // when it adds to a large sum, so each group of 8 words is summed from zero and added in fp32.
+      // The tensor core truncates when it adds to a large sum, so groups of words are summed from zero and added in fp32.
       float sum[4];
-      multiply_tf32_from_zero(sum, line.word[kParts - 1], b0, b1);
-      multiply_tf32(sum, line.word[0], weights.word[kParts - 1][2 * ni], weights.word[kParts - 1][2 * ni + 1]);
-      multiply_tf32(sum, line.word[0], b0, b1);
+      multiply_parts<true>(sum, line, weights, ni);
 #pragma unroll
       for (int r = 0; r < 4; ++r) c[ni][r] += sum[r];
     }

@@ -1,6 +1,7 @@
 // phase_gemm_pack — weights (ci, co / groups, taps) rearranged into mma.sync column fragments, rounded as they are used.
-// Computes  packed[group][column block][pass][chunk][(entry, k8, slot)][part][pair of tiles][lane][4] (one tile: [lane][2]);
-//           zero beyond n and k. The bracketed order is PG_ORDER: tap * (steps of a chunk) + step, the order of use
+// Computes  packed[group][column block][pass][chunk][(entry, k8, product)][part][pair of tiles][lane][4], with one tile
+//           [lane][part][2]; zero beyond n and k. The bracketed order is PG_ORDER: tap * (steps of a chunk) + step, the
+//           order of use
 // Method    one thread a word; 147 kB for 64 x 64 channels x 9 taps, so the time is the launch
 // Reads as  1 locate · 2 load · 5 store
 // SPDX-License-Identifier: Apache-2.0
@@ -17,12 +18,13 @@ extern "C" __global__ void __launch_bounds__(256)
     unsigned index = word;
     const int r = index % kRegisters;
     index /= kRegisters;
+    int part = 0;
+    if (PG_WN == 8) part = index % PG_PARTS, index /= PG_PARTS;
     const int lane = index % 32;
     index /= 32;
     const int pair = index % (PG_WN / 4 / kRegisters);
     index /= PG_WN / 4 / kRegisters;
-    const int part = index % PG_PARTS;
-    index /= PG_PARTS;
+    if (PG_WN > 8) part = index % PG_PARTS, index /= PG_PARTS;
     const int use = index % (PG_NUM_ITEMS * PG_CHUNKS * PG_STEPS);
     index /= PG_NUM_ITEMS * PG_CHUNKS * PG_STEPS;
     int pass = 0;

@@ -34,6 +34,7 @@ constexpr int kMaxAccumulators = 128;  // of 255 registers; the rest holds two s
 constexpr int kMaxWidthPhases = 8;     // width phases computed together; more are cut into groups of 8
 constexpr int kMaxTaps = 4096;         // tables in constant memory
 constexpr int kMaxOrder = 8192;
+constexpr int kMaxUnrolled = 384;  // mma.sync of one entry, some 12 KB of code with what belongs to them
 
 // One (depth, height) phase and up to kMaxWidthPhases width phases, with the packed taps of each.
 struct Phase {
@@ -56,8 +57,14 @@ struct Geometry {
   int width_phases = 1, slots = 1, num_taps = 1;
   std::vector<int> slot;
   std::vector<Phase> phases;
-  int64_t phase_shifts = 0, all_shifts = 0;  // shifts of the tile, summed over phases and of all phases together
-  int groups = 1;                            // phases whose sums a block holds at once
+  std::vector<std::pair<int, int>> width_taps;  // with the slot of each, when one group of width phases covers all
+  int64_t phase_shifts = 0, all_shifts = 0;     // shifts of the tile, summed over phases and of all phases together
+  int groups = 1;                               // phases whose sums a block holds at once
+  // Shifts along a row that are unrolled, each with its word and the slots that it serves; see phase_gemm_sm80.cu.
+  bool unrolled = false;
+  std::vector<int> shift_word{0}, shift_slots{~0};
+  int steps_at_once = 1;    // of 8 words, unrolled too
+  bool entry_sums = false;  // fp32 accuracy: sums of an entry beside those of the slots
   int out_pitch = 0, out_words = 0, half = 8;
   std::size_t shared_bytes = 0;
   int threads = 0, registers = 0, blocks_per_multiprocessor = 1;
@@ -125,6 +132,9 @@ Geometry layer_geometry(const Problem& problem) {
   for (int rw = 0; rw < g.width_phases; ++rw)
     g.slot.push_back(width > kMaxWidthPhases || !phases[2][rw].empty() ? g.slots++ : -1);
   if (g.slots == 0) g.slots = 1;
+  if (width <= kMaxWidthPhases)
+    for (int rw = 0; rw < width; ++rw)
+      for (const Tap& tap : phases[2][rw]) g.width_taps.push_back({tap.tap, g.slot[rw]});
   if (int64_t{1} * static_cast<int64_t>(phases[0].size()) * static_cast<int64_t>(phases[1].size()) *
           ceil_div(width, g.width_phases) * g.width_phases >
       kMaxTaps) {
@@ -230,21 +240,37 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
                         static_cast<std::size_t>(config.warps) * g.out_words);
   if (g.shared_bytes > device.shared_memory_per_block)
     return refuse(std::to_string(g.shared_bytes) + " bytes of shared memory");
-  // Sums, two sets of weight fragments, the lines of an entry, addresses: counted high, a spill costs more than a block.
-  const bool packs = problem.layout == Layout::channels_last && g.per_word == 2;  // pairs of channels by hand
-  g.registers = accumulators + (4 * (g.wn / 8) + g.wm / 4) * g.parts + 80 +
-                (g.parts == 2 ? 28 + config.block_k / 4 : 0) + (packs ? 40 : 0);
+  if (int64_t{g.num_taps} * (config.block_k / 8) > kMaxOrder) return refuse("too many taps for the order table");
+  const int per_slot = g.wm / 16 * (g.wn / 8) * (g.parts == 2 ? 3 : 1) * g.groups;
+  const int products = static_cast<int>(g.width_taps.size()) * per_slot;
+  g.unrolled = products > 0 && products <= kMaxUnrolled;
+  if (g.unrolled) {
+    std::map<int, int> shifts;  // word -> slots
+    for (const auto& [tap, slot] : g.width_taps) shifts[g.columns.tap_word[tap]] |= 1 << slot;
+    g.shift_word.clear(), g.shift_slots.clear();
+    for (const auto& [word, slots] : shifts) g.shift_word.push_back(word), g.shift_slots.push_back(slots);
+  }
+  g.steps_at_once =
+      std::clamp(kMaxUnrolled / std::max(1, g.unrolled ? products : per_slot * g.slots), 1, config.block_k / 8);
+  g.entry_sums = g.parts == 2 && g.unrolled && g.groups == 1 && g.steps_at_once == config.block_k / 8;
+  // Sums, two sets of weight fragments, the lines of a shift, addresses: counted high, a spill costs more than a block.
+  g.registers = accumulators + (4 * (g.wn / 8) + g.wm / 4) * g.parts;
+  if (g.entry_sums)
+    g.registers += accumulators + 8 * (1 + static_cast<int>(g.shift_word.size())) + 2 * (g.wn - 8);
+  else if (g.parts == 2)
+    g.registers += 108 + config.block_k / 4;
+  else
+    g.registers += g.unrolled && g.wn > 16 ? 104 : 80;
+  if (problem.layout == Layout::channels_last && g.per_word == 2) g.registers += 40;  // pairs of channels by hand
   if (g.registers > 255) return refuse(std::to_string(g.registers) + " registers a thread");
   const int by_registers = std::max(1, 65536 / (g.registers * g.threads));
   const int by_shared =
       std::max<int>(1, static_cast<int>(device.shared_memory_per_multiprocessor / (g.shared_bytes + 1024)));
   g.blocks_per_multiprocessor = std::min({by_registers, by_shared, 2048 / g.threads, 16});
-  // 16-bit words with a full pipeline, or 3xTF32, gain nothing from more than that many blocks.
-  if (int64_t{g.num_taps} * (config.block_k / 8) > kMaxOrder) return refuse("too many taps for the order table");
   return g;
 }
 
-// The order of the products: per pass the shifts of the tile that any of its phases reads, per shift the slots it serves.
+// The order of the products: per pass the shifts of the tile that any of its phases reads, per shift what it serves.
 struct Tables {
   std::vector<int> entry_begin{0}, entry_word, entry_mask, item_begin{0}, phase;
   std::vector<std::vector<int>> item_tap;  // per entry
@@ -256,24 +282,28 @@ Tables tables_of(const Problem& problem, const Geometry& g) {
   const int row_words = static_cast<int>(g.columns.base.size()) * g.columns.length;
   const int rows_h = static_cast<int>(g.rows[1].relative.size());
   for (std::size_t first = 0; first < g.phases.size(); first += g.groups) {
-    std::map<int, std::map<int, int>> entries;  // word -> slot -> tap; a slot meets a shift at most once
+    // Word of the entry -> word along the row -> slot -> tap; a slot meets a shift at most once.
+    std::map<int, std::map<int, std::map<int, int>>> entries;
     for (int group = 0; group < g.groups; ++group) {
       const Phase& phase = g.phases[first + group];
       tables.phase.insert(tables.phase.end(), phase.phase, phase.phase + 3);
       for (int rw = 0; rw < g.width_phases; ++rw)
-        for (int t : phase.taps[rw])
-          entries[(g.rows[0].tap_slot[t / kw / kh] * rows_h + g.rows[1].tap_slot[t / kw % kh]) * row_words +
-                  g.columns.tap_word[t % kw]][group * g.slots + g.slot[rw]] = t;
+        for (int t : phase.taps[rw]) {
+          const int row = (g.rows[0].tap_slot[t / kw / kh] * rows_h + g.rows[1].tap_slot[t / kw % kh]) * row_words;
+          const int along = g.columns.tap_word[t % kw], slot = group * g.slots + g.slot[rw];
+          entries[g.unrolled ? row : row + along][g.unrolled ? along : 0][slot] = t;
+        }
     }
     int items = tables.item_begin.back();
-    for (const auto& [word, slots] : entries) {
+    for (const auto& [word, shifts] : entries) {
       tables.entry_word.push_back(word);
       int mask = 0;
       std::vector<int> taps;
-      for (const auto& [slot, tap] : slots) {
-        mask |= 1 << slot;
-        taps.push_back(tap);
-      }
+      for (const auto& [along, slots] : shifts)
+        for (const auto& [slot, tap] : slots) {
+          mask |= 1 << (g.unrolled ? slot / g.slots : slot);
+          taps.push_back(tap);
+        }
       tables.entry_mask.push_back(mask);
       items += static_cast<int>(taps.size());
       tables.item_tap.push_back(std::move(taps));
@@ -360,8 +390,8 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
       std::min<double>(g.blocks_per_multiprocessor, static_cast<double>(blocks) / device.multiprocessors);
   const double warps = std::max(1.0, resident) * config.warps;
   const double latency = warps >= 12 ? 1.0 : 1.0 + (12.0 - warps) / 12.0;
-  // What measurements on an H200 and an H100 took beyond this model, geometric means over some 40 layers.
-  const double beyond = problem.layout == Layout::channels_last && size_of(problem.dtype) == 2 ? 2.2 : 1.6;
+  // What measurements on an H200 took beyond this model, geometric means over some 60 layers.
+  const double beyond = problem.layout == Layout::channels_last && size_of(problem.dtype) == 2 ? 2.2 : 1.3;
   const double compute = beyond * rounds * (multiply + load + store) * latency / clock * 1e6;
   const double traffic = minimum_bytes(problem) / (device.bandwidth_tbs * 1e12 * 0.8) * 1e6;
   const double cache = static_cast<double>(blocks) *
@@ -442,6 +472,12 @@ std::vector<Unit> units(const Step& step) {
   define("PG_ENTRY_BEGIN", list(tables.entry_begin));
   define("PG_ENTRY_WORD", list(tables.entry_word));
   define("PG_ENTRY_MASK", list(tables.entry_mask));
+  define("PG_STATIC", g.unrolled ? 1 : 0);
+  define("PG_SHIFTS", g.shift_word.size());
+  define("PG_SHIFT_WORD", list(g.shift_word));
+  define("PG_SHIFT_SLOTS", list(g.shift_slots));
+  define("PG_STEPS_AT_ONCE", g.steps_at_once);
+  define("PG_ENTRY_SUMS", g.entry_sums ? 1 : 0);
   define("PG_PASS", list(tables.phase));
   return {{"phase_gemm_sm80.cu", "phase_gemm", shape.str(), g.threads, g.shared_bytes},
           {"phase_gemm_pack.cu", "phase_gemm_pack", pack, 256, 0}};
@@ -483,8 +519,9 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     const void* bias;
     void* result;
     long long source_plane, result_plane;
-    int source_size[3], result_size[3], tiles[3];
-    int batch, pair_stores;
+    int source_size[3], result_size[3];
+    FastDivide tiles[3];
+    int pair_stores;
     const void* operands[kMaxOperands];
   } args{};
   const Dims output = output_size(problem);
@@ -499,9 +536,8 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   for (int dim = 0; dim < 3; ++dim) {
     args.source_size[dim] = static_cast<int>(source[dim]);
     args.result_size[dim] = static_cast<int>(result[dim]);
-    args.tiles[dim] = static_cast<int>(g.tiles[dim]);
+    args.tiles[dim] = fast_divide(g.tiles[dim]);
   }
-  args.batch = static_cast<int>(problem.batch);
   const bool aligned = reinterpret_cast<std::uintptr_t>(tensors.output) % 4 == 0;
   args.pair_stores =
       aligned && (problem.layout == Layout::channels_last ? g.n % 2 == 0

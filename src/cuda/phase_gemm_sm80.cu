@@ -11,8 +11,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mma_sm80.cuh"
 
-// Tables of the layer, generated in the prelude. A pass covers PG_GROUPS (depth, height) phases and PG_PW width phases; an
-// entry is one shift of the tile and serves the slots (accumulator sets) of its mask.
+// Tables of the layer, generated in the prelude. A pass covers PG_GROUPS (depth, height) phases and PG_PW width phases, each
+// with a slot (accumulator set) of its own. An entry is a shift of the tile by rows, its mask the groups that it serves; the
+// shifts along a row and their slots are the same for all of them and unrolled (PG_STATIC: half the instructions of a
+// product are otherwise its test, addresses and moves). Where that is too much code, an entry is one shift in all
+// dimensions, and its mask tells the slots.
 __constant__ int pg_entry_begin[] = {PG_ENTRY_BEGIN};  // per pass
 __constant__ int pg_entry_word[] = {PG_ENTRY_WORD};    // word offset in the tile
 __constant__ int pg_entry_mask[] = {PG_ENTRY_MASK};
@@ -23,6 +26,9 @@ __constant__ int pg_rows_h[] = {PG_ROWS_H};
 __constant__ int pg_planes_w[] = {PG_PLANES_W};
 // Slot of a width phase within its group, or -1 when no tap ever reaches it (its outputs are bias only).
 __device__ constexpr int pg_slot[] = {PG_SLOT};
+// Shifts along a row: words, and the slots of a group as bits.
+__device__ constexpr int pg_shift_word[] = {PG_SHIFT_WORD};
+__device__ constexpr int pg_shift_slots[] = {PG_SHIFT_SLOTS};
 
 constexpr int kThreads = 32 * PG_WARPS_M * PG_WARPS_N;
 constexpr int kRowWords = PG_NPW * PG_JW;              // one staged row: width planes side by side
@@ -33,8 +39,11 @@ constexpr int kNTiles = PG_WN / 8;
 constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1;  // channels in a staged word
 constexpr int kParts = PG_SPLIT3 ? 2 : 1;                 // fp32 accuracy: both operands as big + small
 constexpr int kSlots = PG_GROUPS * PG_LIVE;
+// fp32 accuracy: what an entry adds to a slot is summed from zero, and then added to the slot's sums in fp32.
+constexpr bool kEntrySums = PG_ENTRY_SUMS;
 constexpr int kFragment = PG_WN * 8 * kParts;  // packed words of one (tap, k8) for a warp's columns
 constexpr int kOutPitch = PG_OUT_PITCH;
+constexpr bool kWholeColumns = PG_NBLOCKS * PG_WARPS_N * PG_WN == PG_N;  // no column is beyond the channels
 
 struct PhaseGemmArgs {
   const storage_t* source;
@@ -45,11 +54,12 @@ struct PhaseGemmArgs {
   long long result_plane;
   int source_d, source_h, source_w;
   int result_d, result_h, result_w;
-  int tiles_d, tiles_h, tiles_w;
-  int batch;
+  FastDivide tiles_d, tiles_h, tiles_w;
   int pair_stores;  // 16-bit: rows start on 4-byte boundaries
   Operands operands;
 };
+
+__device__ __forceinline__ float with_bias(float sum, float bias) { return TCONV_BIAS ? sum + bias : sum; }
 
 // 2 load: one chunk of PG_KC words per position. Positions outside the source are zero.
 __device__ __forceinline__ void load_chunk(const PhaseGemmArgs& a, unsigned* tile, const storage_t* source, int chunk,
@@ -68,7 +78,7 @@ __device__ __forceinline__ void load_chunk(const PhaseGemmArgs& a, unsigned* til
     const storage_t* from =
         source + ((((long long)d * a.source_h + h) * a.source_w + w) * (PG_K * TCONV_GROUPS) + channel);
 #if PG_ASYNC
-    copy_async_4(tile + k * kPitch + p, inside ? from : source, inside);
+    copy_async_4(tile + k * kPitch + p, from, inside);
 #else
     unsigned word = 0;
     if (inside)
@@ -89,15 +99,14 @@ __device__ __forceinline__ void load_chunk(const PhaseGemmArgs& a, unsigned* til
     const int w = w0 + pg_planes_w[j / PG_JW] + (j % PG_JW) * PG_SRC_W;
     const bool inside =
         (unsigned)d < (unsigned)a.source_d && (unsigned)h < (unsigned)a.source_h && (unsigned)w < (unsigned)a.source_w;
-    const storage_t* from = source + (inside ? ((long long)d * a.source_h + h) * a.source_w + w : 0) +
+    const storage_t* from = source + (inside ? (long long)(d * a.source_h + h) * a.source_w + w : 0) +
                             (long long)(chunk * PG_KC + team) * kPerWord * a.source_plane;
     unsigned* to = tile + team * kPitch + p;
     const long long step = a.source_plane * kPerWord * kTeams;
 #if PG_ASYNC
 #pragma unroll 8
     for (int k = team; k < PG_KC; k += kTeams) {
-      const bool valid = inside && (PG_K % PG_KC == 0 || chunk * PG_KC + k < PG_K);
-      copy_async_4(to, valid ? from : source, valid);
+      copy_async_4(to, from, inside && (PG_K % PG_KC == 0 || chunk * PG_KC + k < PG_K));
       from += step;
       to += kPitch * kTeams;
     }
@@ -138,12 +147,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
     pass_end = pass_begin + 1;
     index /= PG_NUM_PASSES;
   }
-  const int tile_w = index % a.tiles_w;
-  index /= a.tiles_w;
-  const int tile_h = index % a.tiles_h;
-  index /= a.tiles_h;
-  const int tile_d = index % a.tiles_d;
-  index /= a.tiles_d;
+  const int tile_w = a.tiles_w.take_remainder(index);
+  const int tile_h = a.tiles_h.take_remainder(index);
+  const int tile_d = a.tiles_d.take_remainder(index);
   const int group = index % TCONV_GROUPS;
   const long long b = index / TCONV_GROUPS;
   const int q_d = tile_d * PG_TD, q_h = tile_h * PG_TH, q_w = tile_w * PG_TW;  // first lattice position
@@ -210,29 +216,67 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
         ++load;
       }
 
-      // 3 multiply: a line's words are read and rounded once for all slots of the entry.
+      // 3 multiply: a line's words are read and rounded once for all slots of the shift.
       const int entry_end = pg_entry_begin[pass + 1];
       for (int entry = pg_entry_begin[pass]; entry < entry_end; ++entry) {
         const unsigned* x = tile + pg_entry_word[entry];
         const int mask = pg_entry_mask[entry];
-#pragma unroll
+        float sum[kEntrySums ? kSlots : 1][kMTiles][kNTiles][4];
+#pragma unroll PG_STEPS_AT_ONCE
         for (int k8 = 0; k8 < PG_KC / 8; ++k8) {
-          LineFragments<kParts> lines[kMTiles];
 #pragma unroll
-          for (int mi = 0; mi < kMTiles; ++mi) {
-            const unsigned* at = x + line[mi] + k8 * (8 * kPitch);
-            lines[mi].set(at[0], at[PG_HALF], at[4 * kPitch], at[4 * kPitch + PG_HALF]);
+          for (int shift = 0; shift < PG_SHIFTS; ++shift) {
+            LineFragments<kParts> lines[kMTiles];
+#pragma unroll
+            for (int mi = 0; mi < kMTiles; ++mi) {
+              const unsigned* at = x + line[mi] + k8 * (8 * kPitch) + pg_shift_word[shift];
+              lines[mi].set(at[0], at[PG_HALF], at[4 * kPitch], at[4 * kPitch + PG_HALF]);
+            }
+#pragma unroll
+            for (int phase_group = 0; phase_group < PG_GROUPS; ++phase_group) {
+              if (PG_STATIC && PG_GROUPS > 1 && !(mask >> phase_group & 1)) continue;
+#pragma unroll
+              for (int slot = 0; slot < PG_LIVE; ++slot) {
+                const int s = phase_group * PG_LIVE + slot;
+                if (!(pg_shift_slots[shift] >> slot & 1)) continue;
+                if (!PG_STATIC && kSlots > 1 && !(mask >> s & 1)) continue;
+                WeightFragments<kNTiles, kParts> following;
+                next_weights += kFragment;
+                following.load(next_weights, lane);
+#if TCONV_DTYPE_f32
+                if constexpr (kEntrySums) {
+                  bool first = k8 == 0;
+#pragma unroll
+                  for (int before = 0; before < shift; ++before) first = first && !(pg_shift_slots[before] >> slot & 1);
+#pragma unroll
+                  for (int mi = 0; mi < kMTiles; ++mi)
+#pragma unroll
+                    for (int ni = 0; ni < kNTiles; ++ni) {
+                      if (first)
+                        multiply_parts<true>(sum[s][mi][ni], lines[mi], current, ni);
+                      else
+                        multiply_parts<false>(sum[s][mi][ni], lines[mi], current, ni);
+                    }
+                } else
+#endif
+                {
+#pragma unroll
+                  for (int mi = 0; mi < kMTiles; ++mi) multiply_line<kNTiles, kParts>(acc[s][mi], lines[mi], current);
+                }
+                current = following;
+              }
+            }
           }
+        }
+        if (kEntrySums) {
 #pragma unroll
-          for (int s = 0; s < kSlots; ++s) {
-            if (kSlots > 1 && !(mask >> s & 1)) continue;
-            WeightFragments<kNTiles, kParts> following;
-            next_weights += kFragment;
-            following.load(next_weights, lane);
+          for (int s = 0; s < kSlots; ++s)
 #pragma unroll
-            for (int mi = 0; mi < kMTiles; ++mi) multiply_line<kNTiles, kParts>(acc[s][mi], lines[mi], current);
-            current = following;
-          }
+            for (int mi = 0; mi < kMTiles; ++mi)
+#pragma unroll
+              for (int ni = 0; ni < kNTiles; ++ni)
+#pragma unroll
+                for (int r = 0; r < 4; ++r) acc[s][mi][ni][r] += sum[kEntrySums ? s : 0][mi][ni][r];
         }
       }
     }
@@ -243,7 +287,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
       const int* phase = pg_pass + 3 * (pass * PG_GROUPS + phase_group);
       const int phase_d = phase[0], phase_h = phase[1], phase_w = phase[2];
       const int n_first = (column_block * PG_WARPS_N + warp_n) * PG_WN;
+      // A sum with its bias; columns beyond the channels and slots without taps hold zeros.
+      const auto value_of = [&](int rw, int mi, int ni, int r) {
+        const int slot = pg_slot[rw];
+        return slot < 0 ? 0.f : acc[phase_group * PG_LIVE + slot][mi][ni][r];
+      };
+      const auto bias_of = [&](int ni, int e) {
+        const int n = n_first + ni * 8 + quarter * 2 + e;
+        return kWholeColumns || n < PG_N ? tconv_bias(a.bias, group * PG_N + n) : 0.f;
+      };
 #if TCONV_CHANNELS_LAST
+      float bias[kNTiles][2];
+#pragma unroll
+      for (int ni = 0; ni < kNTiles; ++ni) bias[ni][0] = bias_of(ni, 0), bias[ni][1] = bias_of(ni, 1);
 #pragma unroll
       for (int mi = 0; mi < kMTiles; ++mi) {
         __syncwarp();
@@ -251,36 +307,30 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
         for (int rw = 0; rw < PG_PW; ++rw) {
 #pragma unroll
           for (int ni = 0; ni < kNTiles; ++ni) {
-            const int s = phase_group * PG_LIVE + (pg_slot[rw] < 0 ? 0 : pg_slot[rw]);
-            const bool live = pg_slot[rw] >= 0;
             float* to = out_stage + (quad * PG_PW + rw) * kOutPitch + ni * 8 + quarter * 2;
-            to[0] = live ? acc[s][mi][ni][0] : 0.f;
-            to[1] = live ? acc[s][mi][ni][1] : 0.f;
-            to[8 * PG_PW * kOutPitch] = live ? acc[s][mi][ni][2] : 0.f;
-            to[8 * PG_PW * kOutPitch + 1] = live ? acc[s][mi][ni][3] : 0.f;
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+              to[r / 2 * (8 * PG_PW * kOutPitch) + r % 2] = with_bias(value_of(rw, mi, ni, r), bias[ni][r % 2]);
           }
         }
         __syncwarp();
         constexpr int kPerStore = sizeof(output_t) == 2 ? 2 : 1;
+#pragma unroll 4
         for (int e = lane * kPerStore; e < 16 * PG_PW * PG_WN; e += 32 * kPerStore) {
           const int column = e % PG_WN, position = e / PG_WN;
           const int m = warp_m * PG_WM + mi * 16 + position / PG_PW, row = m / PG_TW;
           const int od = (q_d + row / PG_TH) * PG_OUT_D + phase_d, oh = (q_h + row % PG_TH) * PG_OUT_H + phase_h;
           const int ow = (q_w + m % PG_TW) * PG_OUT_W + phase_w + position % PG_PW;
           const int n = n_first + column;
-          if (od >= a.result_d || oh >= a.result_h || ow >= a.result_w || n >= PG_N) continue;
+          if (od >= a.result_d || oh >= a.result_h || ow >= a.result_w || (!kWholeColumns && n >= PG_N)) continue;
           const int channel = group * PG_N + n;
           const long long element =
               (((b * a.result_d + od) * a.result_h + oh) * a.result_w + ow) * (PG_N * TCONV_GROUPS) + channel;
           const float* from = out_stage + position * kOutPitch + column;
-          float value = from[0];
-          value += tconv_bias(a.bias, channel);
-          const output_t first = narrow<output_t>(tconv_epilogue<float>(value, channel, element, a.operands));
-          if (kPerStore == 2 && n + 1 < PG_N) {
-            float other = from[1];
-            other += tconv_bias(a.bias, channel + 1);
+          const output_t first = narrow<output_t>(tconv_epilogue<float>(from[0], channel, element, a.operands));
+          if (kPerStore == 2 && (kWholeColumns || n + 1 < PG_N)) {
             const output_t second =
-                narrow<output_t>(tconv_epilogue<float>(other, channel + 1, element + 1, a.operands));
+                narrow<output_t>(tconv_epilogue<float>(from[1], channel + 1, element + 1, a.operands));
             if (a.pair_stores) {
               *reinterpret_cast<unsigned*>(a.result + element) = pack_words(first, second);
             } else {
@@ -296,21 +346,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
       constexpr int kSegment = PG_WM < PG_TW ? PG_WM : PG_TW;  // the warp's positions within one row
       constexpr int kSegments = PG_WM / kSegment;
       constexpr int kLength = kSegment * PG_PW;
+      constexpr int kPerLane = sizeof(output_t) == 2 && PG_PW == PG_OUT_W && kLength % 2 == 0 ? 2 : 1;
+      constexpr int kTogether = PG_PW % 4 == 0 ? 4 : PG_PW % 2 == 0 ? 2 : 1;
 #pragma unroll
       for (int ni = 0; ni < kNTiles; ++ni) {
-        if (n_first + ni * 8 >= PG_N) break;
+        if (!kWholeColumns && n_first + ni * 8 >= PG_N) break;
+        const float bias[2] = {bias_of(ni, 0), bias_of(ni, 1)};
         __syncwarp();
+        // Neighbouring phases together: 8- and 16-byte stores fill the banks where single words of a stride of 2, 4 or 8
+        // would meet in them.
 #pragma unroll
-        for (int rw = 0; rw < PG_PW; ++rw) {
+        for (int rw = 0; rw < PG_PW; rw += kTogether) {
 #pragma unroll
           for (int mi = 0; mi < kMTiles; ++mi) {
-            const int s = phase_group * PG_LIVE + (pg_slot[rw] < 0 ? 0 : pg_slot[rw]);
-            const bool live = pg_slot[rw] >= 0;
-            float* to = out_stage + quarter * 2 * kOutPitch + (mi * 16 + quad) * PG_PW + rw;
-            to[0] = live ? acc[s][mi][ni][0] : 0.f;
-            to[kOutPitch] = live ? acc[s][mi][ni][1] : 0.f;
-            to[8 * PG_PW] = live ? acc[s][mi][ni][2] : 0.f;
-            to[kOutPitch + 8 * PG_PW] = live ? acc[s][mi][ni][3] : 0.f;
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+              Pack<float, kTogether> values;
+#pragma unroll
+              for (int i = 0; i < kTogether; ++i) values.item[i] = with_bias(value_of(rw + i, mi, ni, r), bias[r % 2]);
+              *reinterpret_cast<Pack<float, kTogether>*>(out_stage + (quarter * 2 + r % 2) * kOutPitch +
+                                                         (mi * 16 + quad + r / 2 * 8) * PG_PW + rw) = values;
+            }
           }
         }
         __syncwarp();
@@ -319,43 +375,43 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
           const int m = warp_m * PG_WM + segment * kSegment, row = m / PG_TW;
           const int od = (q_d + row / PG_TH) * PG_OUT_D + phase_d, oh = (q_h + row % PG_TH) * PG_OUT_H + phase_h;
           if (od >= a.result_d || oh >= a.result_h) continue;
-          const int ow_first = (q_w + m % PG_TW) * PG_OUT_W + phase_w;
+          const int ow_first = (q_w + m % PG_TW) * PG_OUT_W + phase_w, left = a.result_w - ow_first;
           const float* from = out_stage + segment * kLength;
           const int channel_first = group * PG_N + n_first + ni * 8;
           long long element_first = (b * (PG_N * TCONV_GROUPS) + channel_first) * a.result_plane +
-                                    ((long long)od * a.result_h + oh) * a.result_w;
+                                    (long long)(od * a.result_h + oh) * a.result_w + ow_first;
+          constexpr bool kSideBySide = PG_PW == PG_OUT_W;  // results of the staged row
+          output_t* to = a.result + element_first + (kSideBySide ? lane * kPerLane : 0);
 #pragma unroll
           for (int c = 0; c < 8; ++c) {
-            if (n_first + ni * 8 + c < PG_N) {
+            if (kWholeColumns || n_first + ni * 8 + c < PG_N) {
               const int channel = channel_first + c;
-              const float bias = tconv_bias(a.bias, channel);
-              if (sizeof(output_t) == 2 && PG_PW == PG_OUT_W && kLength % 2 == 0 && a.pair_stores) {
+              to = opaque_global(to);
+              // The result at a place of the staged row.
+              const auto result_at = [&](int at, int place) {
+                return narrow<output_t>(
+                    tconv_epilogue<float>(from[c * kOutPitch + at], channel, element_first + place, a.operands));
+              };
+              if (kPerLane == 2 && a.pair_stores) {
 #pragma unroll
                 for (int x = 0; x < kLength; x += 64) {
-                  const int at = x + lane * 2, ow = ow_first + at;
-                  if (at < kLength && ow < a.result_w) {
-                    const long long element = element_first + ow;
-                    const output_t first = narrow<output_t>(
-                        tconv_epilogue<float>(from[c * kOutPitch + at] + bias, channel, element, a.operands));
-                    const output_t second = narrow<output_t>(
-                        tconv_epilogue<float>(from[c * kOutPitch + at + 1] + bias, channel, element + 1, a.operands));
-                    *reinterpret_cast<unsigned*>(a.result + element) = pack_words(first, second);
-                  }
+                  const int at = x + lane * 2;
+                  if ((kLength % 64 == 0 || at < kLength) && at < left)
+                    *reinterpret_cast<unsigned*>(to + x) = pack_words(result_at(at, at), result_at(at + 1, at + 1));
                 }
               } else {
 #pragma unroll
                 for (int x = 0; x < kLength; x += 32) {
                   const int at = x + lane;
-                  const int ow = PG_PW == PG_OUT_W ? ow_first + at : ow_first + at / PG_PW * PG_OUT_W + at % PG_PW;
-                  if (at < kLength && ow < a.result_w && (PG_PW == PG_OUT_W || phase_w + at % PG_PW < PG_OUT_W)) {
-                    const long long element = element_first + ow;
-                    a.result[element] = narrow<output_t>(
-                        tconv_epilogue<float>(from[c * kOutPitch + at] + bias, channel, element, a.operands));
-                  }
+                  const int place = kSideBySide ? at : at / PG_PW * PG_OUT_W + at % PG_PW;
+                  if ((kLength % 32 == 0 || at < kLength) && place < left &&
+                      (kSideBySide || phase_w + at % PG_PW < PG_OUT_W))
+                    to[kSideBySide ? x - lane * (kPerLane - 1) : place] = result_at(at, place);
                 }
               }
             }
             element_first += a.result_plane;
+            to += a.result_plane;
           }
         }
       }

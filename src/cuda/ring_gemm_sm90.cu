@@ -228,19 +228,21 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
   }
 #else
   // A lane keeps its positions while the warp walks the channels, so where a result goes is worked out once per
-  // position, and a channel costs one shared load, one add, one address and one store per 32 results.
+  // position, and a channel costs one shared load, one address and one store per 32 results; where the run is one row and
+  // holds all width phases, one address for all of them.
   const int warp = thread / 32, lane = thread % 32;
   constexpr int kPerLane = sizeof(output_t) == 2 ? 2 : 1;
   constexpr int kSpan = 32 * kPerLane;
+  constexpr bool kOneRow = RG_TH == 1 && RG_PW == RG_OUT_W;
   constexpr int kMost = (kThreads > 512 ? 4 : 8) / kPerLane;  // 640 threads have 96 registers each
   constexpr int kKept = (kPoints + kSpan - 1) / kSpan < kMost ? (kPoints + kSpan - 1) / kSpan : kMost;
   constexpr int kTurns = (kPoints + kKept * kSpan - 1) / (kKept * kSpan);
 #pragma unroll(kTurns <= 2 ? kTurns : 1)
   for (int x0 = 0; x0 < kPoints; x0 += kKept * kSpan) {
     unsigned to[kKept][kPerLane];  // offset in the plane
-    bool stored[kKept][kPerLane];
+    bool stored[kKept][kPerLane], paired[kKept];
 #pragma unroll
-    for (int i = 0; i < kKept; ++i)
+    for (int i = 0; i < kKept; ++i) {
 #pragma unroll
       for (int e = 0; e < kPerLane; ++e) {
         const int x = x0 + i * kSpan + lane * kPerLane + e;
@@ -248,11 +250,17 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
         const int oh = (q_h + row) * RG_OUT_H + phase_h, ow = (q_w + col) * RG_OUT_W + within;
         stored[i][e] = x < kPoints && row < RG_TH && col < RG_TW && oh < a.result_h && ow < a.result_w &&
                        (RG_PW == RG_OUT_W || within < RG_OUT_W);
-        to[i][e] = stored[i][e] ? oh * static_cast<unsigned>(a.result_row) + ow : 0u;
+        to[i][e] = kOneRow || stored[i][e] ? oh * static_cast<unsigned>(a.result_row) + ow : 0u;
+        if (kOneRow && i + e > 0) to[i][e] = to[0][0] + i * kSpan + e;
       }
+      // 16-bit: neighbours of a row leave as one word where the row allows it.
+      paired[i] = RG_WIDE_PAIRS && a.wide_stores && stored[i][0] && stored[i][kPerLane - 1] &&
+                  to[i][kPerLane - 1] == to[i][0] + 1 && to[i][0] % 2 == 0;
+    }
     const int last = min(RG_CHANNELS, RG_N_CHANNELS - n_first);
     int channel = item.group * RG_N_CHANNELS + n_first + warp;
     long long first = item.b * a.result_image + od * a.result_slab + channel * a.result_inner;
+    output_t* result = a.result + first + (kOneRow ? to[0][0] : 0u);
     const float* from = stage + warp * RG_STAGE_PITCH + x0 + lane * kPerLane;
     // Two channels at once: the sums of the second come while those of the first leave.
     constexpr int kStep = kStorers / 32;
@@ -272,29 +280,27 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
       for (int c = 0; c < 2; ++c) {
         if (c == 1 && column + kStep >= last) break;
         const float bias = tconv_bias(a.bias, channel);
-        output_t* const result = a.result + first;
+        result = opaque_global(result);
 #pragma unroll
         for (int i = 0; i < kKept; ++i) {
           if (kTurns <= 2 && x0 + i * kSpan >= kPoints) continue;
           output_t value[kPerLane];
 #pragma unroll
           for (int e = 0; e < kPerLane; ++e)
-            value[e] =
-                narrow<output_t>(tconv_epilogue<float>(x[c][i][e] + bias, channel, first + to[i][e], a.operands));
-#if RG_WIDE_PAIRS
-          // 16-bit: neighbours of a row leave as one word where the row allows it.
-          if (a.wide_stores && stored[i][0] && stored[i][kPerLane - 1] && to[i][kPerLane - 1] == to[i][0] + 1 &&
-              to[i][0] % 2 == 0) {
-            *reinterpret_cast<unsigned*>(result + to[i][0]) = pack_words(value[0], value[kPerLane - 1]);
+            value[e] = narrow<output_t>(tconv_epilogue<float>(TCONV_BIAS ? x[c][i][e] + bias : x[c][i][e], channel,
+                                                              first + to[i][e], a.operands));
+          output_t* const there = result + (kOneRow ? i * kSpan : to[i][0]);
+          if (paired[i]) {
+            *reinterpret_cast<unsigned*>(there) = pack_words(value[0], value[kPerLane - 1]);
             continue;
           }
-#endif
-#pragma unroll
-          for (int e = 0; e < kPerLane; ++e)
-            if (stored[i][e]) result[to[i][e]] = value[e];
+          if (stored[i][0]) *there = value[0];
+          if (kPerLane == 2 && stored[i][kPerLane - 1])
+            result[kOneRow ? i * kSpan + 1 : to[i][kPerLane - 1]] = value[kPerLane - 1];
         }
         channel += kStep;
         first += kStep * a.result_inner;
+        result += kStep * a.result_inner;
       }
       from += 2 * kStep * RG_STAGE_PITCH;
     }

@@ -17,12 +17,3 @@ __device__ __forceinline__ void copy_part(void* to, const void* from, int bytes)
                  : "memory");
 }
 
-// To nearest, ties away, as to_tf32: half a unit of the tenth mantissa bit is added and the tensor core drops the bits
-// below. cvt.rna costs four instructions a value, this two; infinities and NaN are left as they are.
-__device__ __forceinline__ unsigned nearest_tf32(unsigned x) {
-  asm("{ .reg .pred finite; .reg .f32 size; abs.f32 size, %1; setp.lt.f32 finite, size, 0f7f800000;\n"
-      "@finite add.u32 %0, %0, 0x1000; }"
-      : "+r"(x)
-      : "f"(__uint_as_float(x)));
-  return x;
-}
