@@ -63,8 +63,9 @@ struct Geometry {
   // Shifts along a row that are unrolled, each with its word and the slots that it serves; see phase_gemm_sm80.cu.
   bool unrolled = false;
   std::vector<int> shift_word{0}, shift_slots{~0};
-  int steps_at_once = 1;    // of 8 words, unrolled too
-  bool entry_sums = false;  // fp32 accuracy: sums of an entry beside those of the slots
+  int steps_at_once = 1;  // of 8 words, unrolled too
+  // fp32 accuracy: sums of an entry beside those of the slots, where they are of few enough products not to lose digits.
+  bool entry_sums = false;
   int out_pitch = 0, out_words = 0, half = 8;
   std::size_t shared_bytes = 0;
   int threads = 0, registers = 0, blocks_per_multiprocessor = 1;
@@ -252,7 +253,7 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   }
   g.steps_at_once =
       std::clamp(kMaxUnrolled / std::max(1, g.unrolled ? products : per_slot * g.slots), 1, config.block_k / 8);
-  g.entry_sums = g.parts == 2 && g.unrolled && g.groups == 1 && g.steps_at_once == config.block_k / 8;
+  g.entry_sums = g.parts == 2 && g.unrolled && g.groups == 1 && config.block_k == 8 && g.shift_word.size() <= 8;
   // Sums, two sets of weight fragments, the lines of a shift, addresses: counted high, a spill costs more than a block.
   g.registers = accumulators + (4 * (g.wn / 8) + g.wm / 4) * g.parts;
   if (g.entry_sums)

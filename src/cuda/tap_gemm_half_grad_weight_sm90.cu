@@ -313,8 +313,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tap_gemm_half_grad_wei
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
     for (int s = 0; s < TG_STAGES; ++s) {
-      barrier_init(full + s, kTeamWarps);
-      barrier_init(empty + s, 4 * kConsumers);
+      // Every thread arrives: racecheck sees no order through one lane behind a warp's barrier.
+      barrier_init(full + s, 32 * kTeamWarps);
+      barrier_init(empty + s, 128 * kConsumers);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -351,8 +352,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tap_gemm_half_grad_wei
         copy_async_wait<0>();
       }
       fence_shared_for_wgmma();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(full + slot);
+      barrier_arrive(full + slot);
       slot += kTeams;
       if (slot >= TG_STAGES) {
         slot -= TG_STAGES;
@@ -451,8 +451,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tap_gemm_half_grad_wei
         multiply(step + 1, rows[1]);
       }
       wgmma_wait<0>();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(empty + stage);
+      barrier_arrive(empty + stage);
       if (++stage == TG_STAGES) {
         stage = 0;
         parity ^= 1;
