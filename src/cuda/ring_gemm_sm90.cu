@@ -186,7 +186,7 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
   const long long first =
       item.b * a.result_image + od * a.result_slab + (long long)q_h * RG_OUT_H * a.result_row + channel;
   // A few points at once, so that the address, sums and store of one do not wait for those of another.
-  constexpr int kStep = kStorers / kLanes, kAtOnce = kWide == 8 ? 3 : 4;
+  constexpr int kStep = kStorers / kLanes, kAtOnce = kThreads > 640 ? 2 : kWide == 8 ? 3 : 4;
 #pragma unroll 1
   for (int point0 = thread / kLanes; point0 < kPoints; point0 += kAtOnce * kStep) {
     long long element[kAtOnce];
@@ -234,7 +234,8 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
   constexpr int kPerLane = sizeof(output_t) == 2 ? 2 : 1;
   constexpr int kSpan = 32 * kPerLane;
   constexpr bool kOneRow = RG_TH == 1 && RG_PW == RG_OUT_W;
-  constexpr int kMost = (kThreads > 512 ? 4 : 8) / kPerLane;  // 640 threads have 96 registers each
+  // 640 threads have 96 registers each, 768 have 80.
+  constexpr int kMost = kThreads > 640 && kPerLane == 2 ? 1 : (kThreads > 512 ? 4 : 8) / kPerLane;
   constexpr int kKept = (kPoints + kSpan - 1) / kSpan < kMost ? (kPoints + kSpan - 1) / kSpan : kMost;
   constexpr int kTurns = (kPoints + kKept * kSpan - 1) / (kKept * kSpan);
 #pragma unroll(kTurns <= 2 ? kTurns : 1)
