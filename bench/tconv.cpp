@@ -21,6 +21,7 @@
 
 #include "check.h"
 #include "cuda/driver.h"
+#include "measured.h"
 #include "memory.h"
 #include "planner.h"
 
@@ -379,7 +380,9 @@ int run_tune(const Options& options) {
     log_regret += std::log(first_seconds / best_seconds);
     ++measured;
     // Within 5 % the prediction is left to stand: that is about the spread of two runs.
-    if (first_seconds > 1.05 * best_seconds) lines += "MEASURED(\"" + to_string(problem) + "\", \"" + best + "\")\n";
+    const std::string chain = measured_chain(epilogue);
+    if (first_seconds > 1.05 * best_seconds)
+      lines += "MEASURED(\"" + to_string(problem) + (chain.empty() ? "" : " | " + chain) + "\", \"" + best + "\")\n";
     if (!options.out.empty()) replace_file(options.out, lines);  // a sweep takes minutes; what it has found stays
   }
   if (measured > 0)

@@ -29,16 +29,17 @@ struct Hash {
 
 struct Choice {
   std::int64_t batch;
-  std::string kernel;
+  std::string chain, kernel;
 };
 
 using Table = std::unordered_multimap<Problem, Choice, Hash>;
 
 void add(Table& table, const Line& line) {
-  Problem key = simplify(parse_problem(line.problem), {});
+  const auto [problem, epilogue] = parse_problem_and_epilogue(line.problem);
+  Problem key = simplify(problem, epilogue);
   const std::int64_t batch = key.batch;
   key.batch = 1;
-  table.emplace(key, Choice{batch, std::string(line.choice)});
+  table.emplace(key, Choice{batch, measured_chain(epilogue), std::string(line.choice)});
 }
 
 // Lines as `tconv tune --out` writes them; blank lines and // comments besides.
@@ -67,7 +68,14 @@ Table read_file(const std::string& path) {
 
 }  // namespace
 
-std::string_view measured_choice(const Problem& problem, const Device& device) {
+std::string measured_chain(const Epilogue& epilogue) {
+  Epilogue chain;
+  chain.ops = epilogue.ops;
+  chain.save = epilogue.save;
+  return to_string(chain);
+}
+
+std::string_view measured_choice(const Problem& problem, const Epilogue& epilogue, const Device& device) {
   if (device.backend != Backend::cuda) return {};
   static const char* const path = std::getenv("TCONV_MEASURED");
   static const Table table = [] {
@@ -81,9 +89,16 @@ std::string_view measured_choice(const Problem& problem, const Device& device) {
   Problem key = problem;
   key.batch = 1;
   const auto [begin, end] = table.equal_range(key);
-  for (auto at = begin; at != end; ++at)
-    if (problem.batch <= 4 * at->second.batch && at->second.batch <= 4 * problem.batch) return at->second.kernel;
-  return {};
+  if (begin == end) return {};
+  const std::string chain = measured_chain(epilogue);
+  std::string_view plain;
+  for (auto at = begin; at != end; ++at) {
+    const Choice& line = at->second;
+    if (problem.batch > 4 * line.batch || line.batch > 4 * problem.batch) continue;
+    if (line.chain == chain) return line.kernel;
+    if (line.chain.empty()) plain = line.kernel;
+  }
+  return plain;
 }
 
 }  // namespace tconv

@@ -120,7 +120,7 @@ class Planner {
 
   Plan make() {
     if (result_is_empty()) return std::move(plan_);
-    if (only_.empty()) measured_ = Filter(measured_choice(simple_, plan_.device));
+    if (only_.empty()) measured_ = Filter(measured_choice(simple_, plan_.epilogue, plan_.device));
     for (const Kernel* kernel : kernels_) {
       if (!filter_.admits(*kernel)) continue;
       for (const Config& config : kernel->configs) {

@@ -45,6 +45,22 @@ void find_nvrtc() {
     if (const std::string why = missing_compiler(); !why.empty()) GTEST_SKIP() << why; \
   } while (false)
 
+// What take_remainder() in convert.cuh does with it.
+TEST(FastDivide, IsExactBelow2To31) {
+  std::vector<std::int64_t> divisors{1, 2, 3, 5, 7, 11, 127, 128, 129, 1000, 65535, 65537, (1 << 30) - 1, 1 << 30};
+  for (std::int64_t divisor = 1; divisor < (std::int64_t{1} << 31); divisor = divisor * 3 + 1)
+    divisors.push_back(divisor);
+  for (const std::int64_t divisor : divisors) {
+    const FastDivide by = fast_divide(divisor);
+    for (std::int64_t base = 0; base < (std::int64_t{1} << 31); base = base * 5 + divisor)
+      for (std::int64_t n : {base - 1, base, base + 1, base / divisor * divisor - 1, (std::int64_t{1} << 31) - 1}) {
+        if (n < 0 || n >= (std::int64_t{1} << 31)) continue;
+        const auto high = static_cast<std::uint32_t>(static_cast<std::uint64_t>(n) * by.multiplier >> 32);
+        ASSERT_EQ((high + static_cast<std::uint32_t>(n)) >> by.shift, n / divisor) << n << " / " << divisor;
+      }
+  }
+}
+
 // ------------------------------------------------------------------------------------------------- all device sources
 
 struct Work {
@@ -138,6 +154,23 @@ TEST(CompileConfigs, BarriersOfManyChunksFit) {
     for (const Step& step : plan.steps)
       for (const Unit& unit : step.kernel->units(step))
         compile_one(unit, unit.entry + " of " + config, "sm_90a", device);
+  }
+}
+
+// Blocks of 768 threads have 80 registers each: what needs most of them, and is seldom the cheapest.
+TEST(CompileConfigs, RegistersOf24WarpsSuffice) {
+  NEEDS_NVRTC();
+  const Device device = known_device("h200");
+  for (const char* text :
+       {"3d b4 c32>32 i32x64x128 t3x3x3 s2 p1 f16 | bias gelu", "2d b8 c32>48 i64x64 t3x3 s3 f16 channels_last | bias",
+        "3d b4 c32>32 i32x64x128 t3x3x3 s2 p1 tf32 | bias gelu"}) {
+    const auto [problem, epilogue] = parse_problem_and_epilogue(text);
+    for (const char* config : {"ring_gemm_sm90:64x64x8,s7,w24", "ring_gemm_sm90:64x64x16,s7,w24"}) {
+      const Plan plan = make_plan(problem, epilogue, device, config, kernels(Backend::cuda));
+      for (const Step& step : plan.steps)
+        for (const Unit& unit : step.kernel->units(step))
+          compile_one(unit, unit.entry + " of " + config + ' ' + text, "sm_90a", device);
+    }
   }
 }
 

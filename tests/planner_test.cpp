@@ -399,6 +399,20 @@ TEST(Registered, PlansForHandWrittenGpusCannotRun) {
   EXPECT_THROW(execute(*made, {}), std::runtime_error);
 }
 
+// A line of the table with a chain serves that chain alone; one without serves the rest, results kept for backward included.
+TEST(Registered, AMeasuredChainGoesBeforeItsLayer) {
+  const std::string layer = "2d b32 c64>64 i256x256 t4x4 s2 p1 op1 tf32";
+  const auto config = [&](const std::string& chain) {
+    const auto [problem, epilogue] = parse_problem_and_epilogue(layer + chain);
+    const Plan made = make_plan(problem, epilogue, known_device("h200"), {}, kernels(Backend::cuda));
+    return to_string(made.steps.at(0).config);
+  };
+  EXPECT_EQ(config(" | bias add_channel tanh"), config(" | add_channel tanh"));
+  EXPECT_NE(config(" | bias add_channel tanh"), config(""));
+  EXPECT_EQ(config(" | bias add_channel tanh save"), config(""));
+  EXPECT_EQ(config(" | bias relu"), config(""));
+}
+
 TEST(Registered, APackedSourceComesInPieces) {
   if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
   auto workspace = [](const char* problem) {

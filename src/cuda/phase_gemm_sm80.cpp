@@ -257,11 +257,12 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   // Sums, two sets of weight fragments, the lines of a shift, addresses: counted high, a spill costs more than a block.
   g.registers = accumulators + (4 * (g.wn / 8) + g.wm / 4) * g.parts;
   if (g.entry_sums)
-    g.registers += accumulators + 8 * (1 + static_cast<int>(g.shift_word.size())) + 2 * (g.wn - 8);
+    g.registers +=
+        accumulators + 8 * (1 + static_cast<int>(g.shift_word.size())) + 2 * (g.wn - 8) + (g.slots > 3 ? 16 : 0);
   else if (g.parts == 2)
-    g.registers += 108 + config.block_k / 4;
+    g.registers += 108 + config.block_k / 4 + (problem.layout == Layout::channels_last ? 16 : 0);
   else
-    g.registers += g.unrolled && g.wn > 16 ? 104 : 80;
+    g.registers += g.unrolled && (g.wn > 16 || (g.groups > 1 && config.block_k > 32)) ? 104 : 80;
   if (problem.layout == Layout::channels_last && g.per_word == 2) g.registers += 40;  // pairs of channels by hand
   if (g.registers > 255) return refuse(std::to_string(g.registers) + " registers a thread");
   const int by_registers = std::max(1, 65536 / (g.registers * g.threads));

@@ -315,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
         }
         __syncwarp();
         constexpr int kPerStore = sizeof(output_t) == 2 ? 2 : 1;
-#pragma unroll 4
+#pragma unroll 2
         for (int e = lane * kPerStore; e < 16 * PG_PW * PG_WN; e += 32 * kPerStore) {
           const int column = e % PG_WN, position = e / PG_WN;
           const int m = warp_m * PG_WM + mi * 16 + position / PG_PW, row = m / PG_TW;

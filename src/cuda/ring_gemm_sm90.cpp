@@ -26,12 +26,11 @@ using std::int64_t;
 #define SPLITS(m, n, k, s, w) {m, n, k, s, w, 0}, {m, n, k, s, w, 1}, {m, n, k, s, w, 2}, {m, n, k, s, w, 3}
 #define CHUNKS(m, n, s, w) SPLITS(m, n, 8, s, w), SPLITS(m, n, 16, s, w), SPLITS(m, n, 32, s, w)
 constexpr Config kConfigs[] = {
-    CHUNKS(64, 184, 3, 16),     CHUNKS(64, 120, 7, 20),   CHUNKS(64, 120, 3, 20),    CHUNKS(64, 64, 7, 20),
-    CHUNKS(64, 64, 3, 20),      SPLITS(64, 64, 8, 7, 24), SPLITS(64, 64, 16, 7, 24), SPLITS(64, 104, 8, 7, 24),
-    SPLITS(64, 104, 16, 7, 24), CHUNKS(64, 32, 7, 20),    CHUNKS(128, 184, 3, 16),   CHUNKS(128, 120, 7, 20),
-    CHUNKS(256, 184, 3, 16),    CHUNKS(256, 120, 7, 20),  CHUNKS(512, 120, 7, 20),   CHUNKS(512, 64, 7, 20),
-    CHUNKS(64, 200, 1, 16),     CHUNKS(64, 136, 1, 20),   CHUNKS(64, 96, 1, 20),     CHUNKS(64, 48, 1, 20),
-    CHUNKS(128, 200, 1, 16),    CHUNKS(256, 200, 1, 16)};
+    CHUNKS(64, 184, 3, 16),  CHUNKS(64, 120, 7, 20),   CHUNKS(64, 120, 3, 20),    CHUNKS(64, 64, 7, 20),
+    CHUNKS(64, 64, 3, 20),   SPLITS(64, 64, 8, 7, 24), SPLITS(64, 64, 16, 7, 24), CHUNKS(64, 32, 7, 20),
+    CHUNKS(128, 184, 3, 16), CHUNKS(128, 120, 7, 20),  CHUNKS(256, 184, 3, 16),   CHUNKS(256, 120, 7, 20),
+    CHUNKS(512, 120, 7, 20), CHUNKS(512, 64, 7, 20),   CHUNKS(64, 200, 1, 16),    CHUNKS(64, 136, 1, 20),
+    CHUNKS(64, 96, 1, 20),   CHUNKS(64, 48, 1, 20),    CHUNKS(128, 200, 1, 16),   CHUNKS(256, 200, 1, 16)};
 
 // A copy of the source holds so many images as fit the first number, at least one; that may not be over the second.
 constexpr std::size_t kWantedPackedBytes = std::size_t{256} << 20, kMostPackedBytes = std::size_t{512} << 20;

@@ -275,8 +275,11 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
           if (kTurns > 2 || x0 + i * kSpan < kPoints)
 #pragma unroll
             for (int e = 0; e < kPerLane; ++e)
-              x[c][i][e] =
-                  kTaps && (c == 0 || column + kStep < last) ? from[c * kStep * RG_STAGE_PITCH + i * kSpan + e] : 0.f;
+              // Behind the last channel's points lie sums of the other warpgroup.
+              x[c][i][e] = kTaps && (c == 0 || column + kStep < last) &&
+                                   (kPoints % kSpan == 0 || x0 + i * kSpan + lane * kPerLane + e < kPoints)
+                               ? from[c * kStep * RG_STAGE_PITCH + i * kSpan + e]
+                               : 0.f;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         if (c == 1 && column + kStep >= last) break;

@@ -390,8 +390,6 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
     for (int tw : tile_widths(config.block_n, halo)) {
       if (tw < 4 || tw > config.block_n) continue;
       if (tw > 8 && tw / 2 >= g.lattice[2]) continue;
-      // Eight storing warps: rows shorter than a line cost them more than the price knows.
-      if (config.warps == 24 && tw < 32 && g.lattice[2] >= 32) continue;
       const Columns columns = columns_of(beside ? 2 * tw : tw, g.source_step[2], g.shifts);
       const int most = (config.block_n - tw) / columns.length + 1;
       const int groups_high = beside || g.row_groups == 2 ? 1 : 2;
