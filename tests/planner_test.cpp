@@ -401,6 +401,7 @@ TEST(Registered, PlansForHandWrittenGpusCannotRun) {
 
 // A line of the table with a chain serves that chain alone; one without serves the rest, results kept for backward included.
 TEST(Registered, AMeasuredChainGoesBeforeItsLayer) {
+  if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
   const std::string layer = "2d b32 c64>64 i256x256 t4x4 s2 p1 op1 tf32";
   const auto config = [&](const std::string& chain) {
     const auto [problem, epilogue] = parse_problem_and_epilogue(layer + chain);

@@ -16,4 +16,3 @@ __device__ __forceinline__ void copy_part(void* to, const void* from, int bytes)
                  "r"(bytes)
                  : "memory");
 }
-
