@@ -46,12 +46,12 @@ void find_nvrtc() {
   } while (false)
 
 // What take_remainder() in convert.cuh does with it.
-TEST(FastDivide, IsExactBelow2To31) {
+TEST(Divisor, QuotientsAreExactBelow2To31) {
   std::vector<std::int64_t> divisors{1, 2, 3, 5, 7, 11, 127, 128, 129, 1000, 65535, 65537, (1 << 30) - 1, 1 << 30};
   for (std::int64_t divisor = 1; divisor < (std::int64_t{1} << 31); divisor = divisor * 3 + 1)
     divisors.push_back(divisor);
   for (const std::int64_t divisor : divisors) {
-    const FastDivide by = fast_divide(divisor);
+    const Divisor by = divisor_of(divisor);
     for (std::int64_t base = 0; base < (std::int64_t{1} << 31); base = base * 5 + divisor)
       for (std::int64_t n : {base - 1, base, base + 1, base / divisor * divisor - 1, (std::int64_t{1} << 31) - 1}) {
         if (n < 0 || n >= (std::int64_t{1} << 31)) continue;

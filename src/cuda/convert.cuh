@@ -33,9 +33,9 @@ __device__ __forceinline__ T* opaque_global(T* pointer) {
   return pointer;
 }
 
-// Division by a number that the host knows at launch: three instructions instead of some twenty, four of them to the
-// special function unit. Dividends are below 2^31. The host's part is fast_divide() in driver.h.
-struct FastDivide {
+// Division by a number that the host knows at launch: three instructions instead of some twenty and a reciprocal.
+// Dividends are below 2^31. The host's part is divisor_of() in driver.h.
+struct Divisor {
   unsigned divisor, multiplier, shift;
   // Leaves the quotient in `index` and gives the remainder.
   __device__ __forceinline__ int take_remainder(unsigned& index) const {

@@ -147,11 +147,11 @@ const Geometry& of_last_problem(const Problem& problem, Geometry (&layer_geometr
   return *geometry;
 }
 
-// A divisor as FastDivide (convert.cuh) takes it, for dividends below 2^31.
-struct FastDivide {
+// The host's part of Divisor in convert.cuh.
+struct Divisor {
   std::uint32_t divisor, multiplier, shift;
 };
-inline FastDivide fast_divide(std::int64_t divisor) {
+inline Divisor divisor_of(std::int64_t divisor) {
   std::uint32_t shift = 0;
   while ((std::int64_t{1} << shift) < divisor) ++shift;
   const std::uint64_t d = static_cast<std::uint64_t>(divisor);

@@ -522,7 +522,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     void* result;
     long long source_plane, result_plane;
     int source_size[3], result_size[3];
-    FastDivide tiles[3];
+    Divisor tiles[3];
     int pair_stores;
     const void* operands[kMaxOperands];
   } args{};
@@ -538,7 +538,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   for (int dim = 0; dim < 3; ++dim) {
     args.source_size[dim] = static_cast<int>(source[dim]);
     args.result_size[dim] = static_cast<int>(result[dim]);
-    args.tiles[dim] = fast_divide(g.tiles[dim]);
+    args.tiles[dim] = divisor_of(g.tiles[dim]);
   }
   const bool aligned = reinterpret_cast<std::uintptr_t>(tensors.output) % 4 == 0;
   args.pair_stores =

@@ -54,7 +54,7 @@ struct PhaseGemmArgs {
   long long result_plane;
   int source_d, source_h, source_w;
   int result_d, result_h, result_w;
-  FastDivide tiles_d, tiles_h, tiles_w;
+  Divisor tiles_d, tiles_h, tiles_w;
   int pair_stores;  // 16-bit: rows start on 4-byte boundaries
   Operands operands;
 };
