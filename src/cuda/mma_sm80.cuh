@@ -115,9 +115,9 @@ struct WeightFragments {
   }
 };
 
-// 16 positions over 8 words as the tensor core takes them: once per shift, for all products that use it. In two parts it drops
-// the low bits of a word by itself, so the big part is the word and the small one what that loses, exactly; of the small part
-// it drops what is below 2^-20 of the value. A value that is not finite leaves NaN.
+// 16 positions over 8 words as the tensor core takes them: once per shift, for all products that use it. Of two parts the big
+// one is rounded to nearest and the small one what that leaves, which is exact; the tensor core drops its bits below 2^-21 of
+// the value. Three instructions; cvt.rna for both takes seven. A value that is not finite leaves NaN.
 template <int kParts>
 struct LineFragments {
   unsigned word[kParts][4];
@@ -136,8 +136,7 @@ struct LineFragments {
 };
 
 #if TCONV_DTYPE_f32
-// fp32 accuracy: x = big + small on both sides. small * small is dropped: below 2^-21, and of either sign, because the small
-// parts of weights are. kZero: the sum before was zero.
+// fp32 accuracy: x = big + small on both sides; small * small, below 2^-22, is left out. kZero: the sum before was zero.
 template <bool kZero, int kNTiles, int kParts>
 __device__ __forceinline__ void multiply_parts(float (&sum)[4], const LineFragments<kParts>& line,
                                                const WeightFragments<kNTiles, kParts>& weights, int ni) {

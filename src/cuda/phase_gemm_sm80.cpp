@@ -126,6 +126,10 @@ Geometry layer_geometry(const Problem& problem) {
       g.lattice[dim] = problem.input[dim];
     }
   }
+  if (output[0] * output[1] >= (int64_t{1} << 31) || problem.input[0] * problem.input[1] >= (int64_t{1} << 31)) {
+    g.refusal = "2^31 rows or more";  // counted in 32 bits
+    return g;
+  }
   const int width = static_cast<int>(phases[2].size());
   g.width_phases = std::min(width, kMaxWidthPhases);
   // With one group of width phases, those without taps need no accumulators.
