@@ -34,7 +34,9 @@ constexpr int kMaxAccumulators = 128;  // of 255 registers; the rest holds two s
 constexpr int kMaxWidthPhases = 8;     // width phases computed together; more are cut into groups of 8
 constexpr int kMaxTaps = 4096;         // tables in constant memory
 constexpr int kMaxOrder = 8192;
-constexpr int kMaxUnrolled = 384;  // mma.sync of one entry, some 12 KB of code with what belongs to them
+constexpr int kMaxUnrolled = 384;    // mma.sync of one entry, some 12 KB of code with what belongs to them
+constexpr int kMostAtOnce = 128;     // of them in several steps of 8 words
+constexpr int kMaxUnrolledTaps = 8;  // the compiler reads ahead for all of them; 16 spill
 
 // One (depth, height) phase and up to kMaxWidthPhases width phases, with the packed taps of each.
 struct Phase {
@@ -248,25 +250,31 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   if (int64_t{g.num_taps} * (config.block_k / 8) > kMaxOrder) return refuse("too many taps for the order table");
   const int per_slot = g.wm / 16 * (g.wn / 8) * (g.parts == 2 ? 3 : 1) * g.groups;
   const int products = static_cast<int>(g.width_taps.size()) * per_slot;
-  g.unrolled = products > 0 && products <= kMaxUnrolled;
+  std::map<int, int> shifts;  // word -> slots
+  for (const auto& [tap, slot] : g.width_taps) shifts[g.columns.tap_word[tap]] |= 1 << slot;
+  g.unrolled =
+      products > 0 && products <= kMaxUnrolled && static_cast<int>(g.width_taps.size()) * g.groups <= kMaxUnrolledTaps;
   if (g.unrolled) {
-    std::map<int, int> shifts;  // word -> slots
-    for (const auto& [tap, slot] : g.width_taps) shifts[g.columns.tap_word[tap]] |= 1 << slot;
     g.shift_word.clear(), g.shift_slots.clear();
     for (const auto& [word, slots] : shifts) g.shift_word.push_back(word), g.shift_slots.push_back(slots);
   }
-  g.steps_at_once =
-      std::clamp(kMaxUnrolled / std::max(1, g.unrolled ? products : per_slot * g.slots), 1, config.block_k / 8);
-  g.entry_sums = g.parts == 2 && g.unrolled && g.groups == 1 && config.block_k == 8 && g.shift_word.size() <= 8;
+  // Reading ahead for too many products spills; operands in two parts fill the registers with one step's.
+  const int most = g.parts == 2 ? 1 : g.unrolled ? kMostAtOnce / products : kMostAtOnce / 2 / (per_slot * g.slots);
+  g.steps_at_once = std::clamp(most, 1, config.block_k / 8);
+  g.entry_sums = g.parts == 2 && g.unrolled && g.groups == 1 && config.block_k == 8;
   // Sums, two sets of weight fragments, the lines of a shift, addresses: counted high, a spill costs more than a block.
   g.registers = accumulators + (4 * (g.wn / 8) + g.wm / 4) * g.parts;
   if (g.entry_sums)
     g.registers +=
-        accumulators + 8 * (1 + static_cast<int>(g.shift_word.size())) + 2 * (g.wn - 8) + (g.slots > 3 ? 16 : 0);
+        accumulators + 8 * (1 + static_cast<int>(g.shift_word.size())) + 2 * (g.wn - 8) + (g.slots > 3 ? 24 : 0);
   else if (g.parts == 2)
-    g.registers += 108 + config.block_k / 4 + (problem.layout == Layout::channels_last ? 16 : 0);
+    g.registers += 108 + config.block_k / 4 + (problem.layout == Layout::channels_last ? 16 : 0) +
+                   (g.shift_word.size() > 4 ? 16 + 2 * (g.wn - 8) : 0);
+  else if (g.unrolled && (g.wn > 16 || (g.wm >= 64 && config.block_k >= 32) || (g.groups > 1 && config.block_k > 32)))
+    g.registers += 104;
   else
-    g.registers += g.unrolled && (g.wn > 16 || (g.groups > 1 && config.block_k > 32)) ? 104 : 80;
+    g.registers += 80;
+  if (g.parts == 1 && g.slots > 4) g.registers += 32;
   if (problem.layout == Layout::channels_last && g.per_word == 2) g.registers += 40;  // pairs of channels by hand
   if (g.registers > 255) return refuse(std::to_string(g.registers) + " registers a thread");
   const int by_registers = std::max(1, 65536 / (g.registers * g.threads));
