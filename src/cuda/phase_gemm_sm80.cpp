@@ -250,11 +250,11 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   if (int64_t{g.num_taps} * (config.block_k / 8) > kMaxOrder) return refuse("too many taps for the order table");
   const int per_slot = g.wm / 16 * (g.wn / 8) * (g.parts == 2 ? 3 : 1) * g.groups;
   const int products = static_cast<int>(g.width_taps.size()) * per_slot;
-  std::map<int, int> shifts;  // word -> slots
-  for (const auto& [tap, slot] : g.width_taps) shifts[g.columns.tap_word[tap]] |= 1 << slot;
   g.unrolled =
       products > 0 && products <= kMaxUnrolled && static_cast<int>(g.width_taps.size()) * g.groups <= kMaxUnrolledTaps;
   if (g.unrolled) {
+    std::map<int, int> shifts;  // word -> slots
+    for (const auto& [tap, slot] : g.width_taps) shifts[g.columns.tap_word[tap]] |= 1 << slot;
     g.shift_word.clear(), g.shift_slots.clear();
     for (const auto& [word, slots] : shifts) g.shift_word.push_back(word), g.shift_slots.push_back(slots);
   }
@@ -500,6 +500,7 @@ std::vector<Unit> units(const Step& step) {
 // The launch needs only these numbers of the geometry; they are kept beside the functions.
 struct Ready : Loaded {
   Geometry geometry;
+  Divisor tiles[3] = {};
   int64_t blocks = 0;
   unsigned packed = 0;
 };
@@ -509,6 +510,7 @@ void prepare_launch(Step& step) {
   auto ready = std::make_shared<Ready>();
   ready->functions = static_cast<const Loaded*>(step.state.get())->functions;
   ready->geometry = geometry(step.problem, step.device, step.config, layer_geometry(step.problem));
+  for (int dim = 0; dim < 3; ++dim) ready->tiles[dim] = divisor_of(ready->geometry.tiles[dim]);
   ready->blocks = num_blocks(step.problem, step.config, ready->geometry);
   ready->packed = static_cast<unsigned>(packed_words(step.problem, step.config, ready->geometry));
   step.state = std::shared_ptr<Loaded>(ready);
@@ -550,7 +552,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   for (int dim = 0; dim < 3; ++dim) {
     args.source_size[dim] = static_cast<int>(source[dim]);
     args.result_size[dim] = static_cast<int>(result[dim]);
-    args.tiles[dim] = divisor_of(g.tiles[dim]);
+    args.tiles[dim] = ready.tiles[dim];
   }
   const bool aligned = reinterpret_cast<std::uintptr_t>(tensors.output) % 4 == 0;
   args.pair_stores =
