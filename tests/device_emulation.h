@@ -323,18 +323,33 @@ void wgmma_wait() {
     for (const auto& product : emulated_product_groups.front()) product();
   emulated_warps[threadIdx.x / 32]->arrive_and_wait();
 }
-// Four 8 x 8 matrices of 16-bit elements per warp, turned; each lane names a row of both.
-static const void* emulated_lines[32][32];
-inline void turn_matrices(const void* from, void* to) {
+// Four 8 x 8 matrices of 16-bit elements per warp; a lane names a line of one of them and holds, of each, two neighbours:
+// of a row, or, turned, of a column.
+static char* emulated_lines[32][32];
+template <typename Move>
+void emulated_matrices(const void* line, bool turned, const Move& move) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (shared_address(from) % 16 != 0 || shared_address(to) % 16 != 0) emulated_failure("alignment of a matrix");
-  emulated_lines[warp][lane] = from;
+  if (shared_address(line) % 16 != 0) emulated_failure("alignment of a matrix");
+  emulated_lines[warp][lane] = static_cast<char*>(const_cast<void*>(line));
   emulated_warps[warp]->arrive_and_wait();
-  unsigned short column[8];
-  for (int row = 0; row < 8; ++row)
-    std::memcpy(column + row, static_cast<const char*>(emulated_lines[warp][lane / 8 * 8 + row]) + lane % 8 * 2, 2);
+  for (int matrix = 0; matrix < 4; ++matrix)
+    for (int i = 0; i < 2; ++i) {
+      const int row = turned ? lane % 4 * 2 + i : lane / 4, column = turned ? lane / 4 : lane % 4 * 2 + i;
+      move(matrix, i, emulated_lines[warp][matrix * 8 + row] + column * 2);
+    }
   emulated_warps[warp]->arrive_and_wait();
-  std::memcpy(to, column, 16);
+}
+inline void load_turned_matrices(const void* from, unsigned (&word)[4]) {
+  emulated_matrices(from, true, [&](int matrix, int i, const char* element) {
+    std::memcpy(reinterpret_cast<char*>(word + matrix) + i * 2, element, 2);
+  });
+}
+template <bool kTurned>
+void store_matrices(void* to, unsigned a, unsigned b, unsigned c, unsigned d) {
+  const unsigned word[4] = {a, b, c, d};
+  emulated_matrices(to, kTurned, [&](int matrix, int i, char* element) {
+    std::memcpy(element, reinterpret_cast<const char*>(word + matrix) + i * 2, 2);
+  });
 }
 inline void store_16(void* to, uint4 x) {
   if (reinterpret_cast<std::uintptr_t>(to) % 16 != 0) emulated_failure("alignment of a store");

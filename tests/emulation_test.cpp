@@ -61,8 +61,8 @@ std::string on_host(std::string text) {
         "barrier_wait",      "copy_bulk",       "copy_box",          "copy_async",     "copy_part",
         "copy_async_commit", "copy_async_wait", "wgmma_fence",       "wgmma_commit",   "wgmma_wait",
         "wgmma_shared",      "wgmma_step",      "loaders_barrier",   "to_tf32",        "fence_shared_for_wgmma",
-        "nearest",           "nearest_tf32",    "turn_matrices",     "store_16",       "take_registers",
-        "give_registers"}) {
+        "nearest",           "nearest_tf32",    "store_matrices",    "store_16",       "take_registers",
+        "give_registers",   "narrow_pair",     "load_turned_matrices"}) {
     const std::string call = ' ' + std::string(name) + '(';
     for (std::size_t at = 0; (at = text.find(call, at)) != std::string::npos; ++at) {
       std::size_t begin = text.rfind('\n', at) + 1;
@@ -80,6 +80,9 @@ std::string on_host(std::string text) {
   replace_all(text, "return Narrow<S>::of(x);", "return emulated_narrow<S>(x);");
   replace_all(text, "template <typename S, typename A>\n",
               "template <typename S> S emulated_narrow(float x);\n"
+              "template <typename S> unsigned narrow_pair(float low, float high) {\n"
+              "  return emulated_narrow<S>(low).bits | static_cast<unsigned>(emulated_narrow<S>(high).bits) << 16;\n"
+              "}\n"
               "template <typename S, typename A>\n");
   for (const char* alignment : {"128", "1024"})
     replace_all(text, "extern __shared__ __align__(" + std::string(alignment) + ") uint4 shared[];",

@@ -80,6 +80,11 @@ struct Narrow<f16_t> {
     asm("cvt.rn.f16.f64 %0, %1;" : "=h"(result.bits) : "d"(x));
     return result;
   }
+  static __device__ __forceinline__ unsigned pair(float low, float high) {
+    unsigned word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
 };
 template <>
 struct Narrow<bf16_t> {
@@ -89,10 +94,21 @@ struct Narrow<bf16_t> {
     return result;
   }
   static __device__ __forceinline__ bf16_t of(double x) { return of(static_cast<float>(x)); }
+  static __device__ __forceinline__ unsigned pair(float low, float high) {
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
 };
 template <typename S, typename A>
 __device__ __forceinline__ S narrow(A x) {
   return Narrow<S>::of(x);
+}
+
+// Two 16-bit values as a word, the first in the low half: one instruction.
+template <typename S>
+__device__ __forceinline__ unsigned narrow_pair(float low, float high) {
+  return Narrow<S>::pair(low, high);
 }
 
 // count elements of S moved together, in pieces of at most 16 bytes to which the address must be aligned.

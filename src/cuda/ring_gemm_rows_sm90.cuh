@@ -37,27 +37,40 @@ __device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4*, 
   }
 }
 #else
-// Four matrices of 8 x 8 16-bit elements, turned; a lane names one row of one of them on both sides.
-__device__ __forceinline__ void turn_matrices(const void* from, void* to) {
-  unsigned a, b, c, d;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
-               : "r"(shared_address(from))
-               : "memory");
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(a),
-               "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
+// Four matrices at a time, neighbouring units of channels and then columns; a lane names a line of one of them, so an
+// instruction's addresses are those of the one before plus a constant. Several are read before the first is written.
 __device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4* nowhere, int rows, int early, int lane) {
-  const int count = rows * RG_RAW_WIDE * RG_RAW_UNITS, row = lane % 8;
-#pragma unroll 2
-  for (int first = 0; first < count; first += 4) {
-    const int i = first + lane / 8, u = i % RG_RAW_UNITS, g = i / RG_RAW_UNITS % RG_RAW_WIDE;
-    const int h = i / (RG_RAW_UNITS * RG_RAW_WIDE);
-    const bool exists = i < count;
-    const int column = g * 8 + row - early;
-    turn_matrices(exists ? raw + (u * 8 + row) * kRawPitch + h * RG_RAW_WIDE + g : raw,
-                  exists && (unsigned)column < RG_JW ? tile + u * kPlane + h * RG_JW + column : nowhere);
+  constexpr int kAcross = RG_RAW_UNITS < 4 ? RG_RAW_UNITS : 4, kAlong = 4 / kAcross, kTurns = RG_RAW_UNITS / kAcross;
+  constexpr int kAtOnce = 4;
+  const int line = lane % 8, u = lane / 8 % kAcross, g0 = lane / 8 / kAcross;
+  raw += (u * 8 + line) * kRawPitch + g0;
+  const int column0 = g0 * 8 + line - early;
+  tile += u * kPlane + column0;
+#pragma unroll 1
+  for (int row = 0; row < rows; ++row) {
+#pragma unroll(kTurns * ((RG_RAW_WIDE + kAlong * kAtOnce - 1) / (kAlong * kAtOnce)) <= 4 ? 4 : 1)
+    for (int g = 0; g < RG_RAW_WIDE; g += kAlong * kAtOnce) {
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        unsigned matrix[kAtOnce][4];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int at = g + i * kAlong;
+          if (RG_RAW_WIDE % (kAlong * kAtOnce) != 0 && at >= RG_RAW_WIDE) break;
+          const bool exists = kAlong == 1 || at + g0 < RG_RAW_WIDE;
+          load_turned_matrices(exists ? raw + turn * (kAcross * 8 * kRawPitch) + at : raw, matrix[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int at = g + i * kAlong;
+          if (RG_RAW_WIDE % (kAlong * kAtOnce) != 0 && at >= RG_RAW_WIDE) break;
+          const bool exists = (kAlong == 1 || at + g0 < RG_RAW_WIDE) && (unsigned)(column0 + at * 8) < RG_JW;
+          store_matrices<false>(exists ? tile + turn * (kAcross * kPlane) + at * 8 : nowhere, matrix[i][0],
+                                matrix[i][1], matrix[i][2], matrix[i][3]);
+        }
+      }
+    }
+    raw += RG_RAW_WIDE, tile += RG_JW;
   }
 }
 #endif

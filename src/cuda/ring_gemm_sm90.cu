@@ -6,7 +6,9 @@
 //             weights   1 warp copies packed rows by the copy engine
 //             multiply  2 warpgroups, each 64 rows (result channel x width phase) times a run of RG_N positions; the
 //                       runs are neighbours with the same rows, or one run with neighbouring rows (RG_ROW_GROUPS 2)
-//             store     4 or 8 warps take the sums through shared memory, apply the epilogue and write whole lines
+//             store     4 or 8 warps take the sums through shared memory, apply the epilogue and write whole lines; where
+//                       results have 16 bits and the epilogue is short (RG_HALF_SUMS), the multiplying warps apply it
+//                       and hand over what is stored: half the bytes, and a run in one piece
 //           so loads, products and stores of neighbouring tiles overlap. Both operands lie in shared memory with k
 //           contiguous: any position is a legal start address, one staged tile serves every tap.
 // Refuses   fp32 accuracy (the tensor core truncates its sums), fp64 (see ring_gemm_sm90.cpp)
@@ -126,8 +128,57 @@ __device__ __forceinline__ void loaders_barrier() { asm volatile("bar.sync 1, %0
 
 // -------------------------------------------------------------------------------------------------------- 3 multiply
 
+#if RG_HALF_SUMS
+using stage_t = unsigned;  // two results
+// The results of rows r and r + 8 of a warp, whose biases and channels are given, as they are stored.
+__device__ __forceinline__ void store_sums(const RingGemmArgs& a, stage_t* stage, const float (&sum)[kSums],
+                                           const float (&bias)[2], const int (&channel)[2], int part, int warp,
+                                           int lane) {
+  auto result = [&](int at) {
+    const int half = at / 2 % 2;
+    return tconv_epilogue<float>(TCONV_BIAS ? sum[at] + bias[half] : sum[at], channel[half], 0, a.operands);
+  };
+  constexpr int kMatrices = RG_PART / 8;  // of 8 positions
+#if !TCONV_CHANNELS_LAST && RG_NUM_LIVE == 2
+  // The phases of a position are neighbours.
+#pragma unroll
+  for (int n8 = 0; n8 < kMatrices; ++n8) {
+    const int at = (part * kMatrices + n8) * 4;
+    if (at >= kSums) break;
+    *reinterpret_cast<uint2*>(stage + (warp * 8 + lane / 4) * RG_STAGE_PITCH + n8 * 8 + lane % 4 * 2) = make_uint2(
+        narrow_pair<output_t>(result(at), result(at + 2)), narrow_pair<output_t>(result(at + 1), result(at + 3)));
+  }
+#else
+  // Two times two matrices: rows 0 to 7 and 8 to 15 of the warp at 8 positions, and at the next 8. A lane names a line.
+  const int line = lane % 8, high = lane / 8 % 2, next = lane / 16;
+#if !TCONV_CHANNELS_LAST
+  stage_t* to = stage + (warp * 16 + high * 8 + line) * RG_STAGE_PITCH + next * 4;
+  constexpr int kNext = 4;
+#else
+  stage_t* to = stage + ((next * 8 + line) * RG_PW + (RG_PW == 2 ? high : 0)) * RG_STAGE_PITCH +
+                (RG_PW == 2 ? warp * 4 : warp * 8 + high * 4);
+  constexpr int kNext = 8 * RG_PW * RG_STAGE_PITCH;
+#endif
+#pragma unroll
+  for (int n8 = 0; n8 < kMatrices; n8 += 2) {
+    const int at = (part * kMatrices + n8) * 4;
+    if (at >= kSums) break;
+    unsigned matrix[4];
+    const bool both = n8 + 1 < kMatrices && at + 4 < kSums;
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+      matrix[m] = m < 2 || both ? narrow_pair<output_t>(result(at + m * 2), result(at + m * 2 + 1)) : 0u;
+    // An odd last one goes twice to the same place.
+    store_matrices<TCONV_CHANNELS_LAST>(both ? to : to - next * kNext, matrix[0], matrix[1], both ? matrix[2] : matrix[0],
+                                        both ? matrix[3] : matrix[1]);
+    to += 2 * kNext;
+  }
+#endif
+}
+#else
+using stage_t = float;
 // Row of a product -> (channel, width phase). With two phases both are in one thread (rows r and r + 8).
-__device__ __forceinline__ void store_sums(float* stage, const float (&sum)[kSums], int part, int warp, int quad,
+__device__ __forceinline__ void store_sums(stage_t* stage, const float (&sum)[kSums], int part, int warp, int quad,
                                            int quarter) {
 #pragma unroll
   for (int n8 = 0; n8 < RG_PART / 8; ++n8) {
@@ -157,13 +208,14 @@ __device__ __forceinline__ void store_sums(float* stage, const float (&sum)[kSum
 #endif
   }
 }
+#endif
 
 // ------------------------------------------------------------------------------------------------ 4 epilogue, 5 store
 
 // A part of one warpgroup's run of one pass; without taps the stage is not read.
 template <bool kTaps>
 __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& item, int pass, int part, int warpgroup,
-                                          const float* stage, int thread) {
+                                          const stage_t* stage, int thread) {
   const int phase_d = rg_pass[3 * pass], phase_h = rg_pass[3 * pass + 1], phase_w = rg_pass[3 * pass + 2];
   const int od = item.q_d * RG_OUT_D + phase_d;
   if (od >= a.result_d) return;
@@ -180,18 +232,31 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
   const int count = min(kWide, min(RG_CHANNELS - column, RG_N_CHANNELS - n));
   if (count <= 0) return;
   const bool whole = count == kWide && a.wide_stores;
+#if RG_HALF_SUMS
+  output_t nothing[kWide] = {};  // what a sum of no products gives
+  if (!kTaps)
+#pragma unroll
+    for (int e = 0; e < kWide; ++e)
+      if (e < count)
+        nothing[e] = narrow<output_t>(tconv_epilogue<float>(tconv_bias(a.bias, channel + e), channel + e, 0, a.operands));
+#else
   float bias[kWide];
 #pragma unroll
   for (int e = 0; e < kWide; ++e) bias[e] = e < count ? tconv_bias(a.bias, channel + e) : 0.f;
+#endif
   const long long first =
       item.b * a.result_image + od * a.result_slab + (long long)q_h * RG_OUT_H * a.result_row + channel;
   // A few points at once, so that the address, sums and store of one do not wait for those of another.
-  constexpr int kStep = kStorers / kLanes, kAtOnce = kThreads > 640 ? 2 : kWide == 8 ? 3 : 4;
+  constexpr int kStep = kStorers / kLanes, kAtOnce = RG_HALF_SUMS ? 6 : kThreads > 640 ? 2 : kWide == 8 ? 3 : 4;
 #pragma unroll 1
   for (int point0 = thread / kLanes; point0 < kPoints; point0 += kAtOnce * kStep) {
     long long element[kAtOnce];
     bool stored[kAtOnce];
+#if RG_HALF_SUMS
+    uint4 unit[kAtOnce];
+#else
     float x[kAtOnce][kWide];
+#endif
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int point = point0 + i * kStep;
@@ -200,16 +265,32 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
       stored[i] = point < kPoints && row < RG_TH && col < RG_TW && (RG_PW == RG_OUT_W || within < RG_OUT_W) &&
                   q_h * RG_OUT_H + oh < a.result_h && ow < a.result_w;
       element[i] = first + oh * a.result_row + ow * a.result_inner;
+#if RG_HALF_SUMS
+      unit[i] = !kTaps      ? unit_of(nothing)
+                : stored[i] ? *reinterpret_cast<const uint4*>(stage + point * RG_STAGE_PITCH + column / 2)
+                            : make_uint4(0, 0, 0, 0);
+#else
       const float4* from = reinterpret_cast<const float4*>(stage + point * RG_STAGE_PITCH + column);
 #pragma unroll
       for (int e4 = 0; e4 < kWide / 4; ++e4) {
         const float4 four = kTaps && stored[i] ? from[e4] : make_float4(0.f, 0.f, 0.f, 0.f);
         x[i][4 * e4] = four.x, x[i][4 * e4 + 1] = four.y, x[i][4 * e4 + 2] = four.z, x[i][4 * e4 + 3] = four.w;
       }
+#endif
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (!stored[i]) continue;
+#if RG_HALF_SUMS
+      if (whole) {
+        store_16(a.result + element[i], unit[i]);
+      } else {
+        const unsigned word[4] = {unit[i].x, unit[i].y, unit[i].z, unit[i].w};
+#pragma unroll
+        for (int e = 0; e < kWide; ++e)
+          if (e < count) a.result[element[i] + e] = low_half<output_t>(word[e / 2] >> e % 2 * 16);
+      }
+#else
       output_t results[kWide];
 #pragma unroll
       for (int e = 0; e < kWide; ++e)
@@ -224,6 +305,7 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
         for (int e = 0; e < kWide; ++e)
           if (e < count) a.result[element[i] + e] = results[e];
       }
+#endif
     }
   }
 #else
@@ -231,7 +313,7 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
   // position, and a channel costs one shared load, one address and one store per 32 results; where the run is one row and
   // holds all width phases, one address for all of them.
   const int warp = thread / 32, lane = thread % 32;
-  constexpr int kPerLane = sizeof(output_t) == 2 ? 2 : 1;
+  constexpr int kPerLane = sizeof(output_t) == 2 ? 2 : 1, kPerStage = RG_HALF_SUMS ? 2 : 1;
   constexpr int kSpan = 32 * kPerLane;
   constexpr bool kOneRow = RG_TH == 1 && RG_PW == RG_OUT_W;
   // 640 threads have 96 registers each, 768 have 80.
@@ -262,24 +344,24 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
     int channel = item.group * RG_N_CHANNELS + n_first + warp;
     long long first = item.b * a.result_image + od * a.result_slab + channel * a.result_inner;
     output_t* result = a.result + first + (kOneRow ? to[0][0] : 0u);
-    const float* from = stage + warp * RG_STAGE_PITCH + x0 + lane * kPerLane;
+    const stage_t* from = stage + warp * RG_STAGE_PITCH + (x0 + lane * kPerLane) / kPerStage;
     // Two channels at once: the sums of the second come while those of the first leave.
     constexpr int kStep = kStorers / 32;
 #pragma unroll 1
     for (int column = warp; column < last; column += 2 * kStep) {
-      float x[2][kKept][kPerLane];
+      stage_t x[2][kKept][kPerLane / kPerStage];
 #pragma unroll
       for (int c = 0; c < 2; ++c)
 #pragma unroll
         for (int i = 0; i < kKept; ++i)
           if (kTurns > 2 || x0 + i * kSpan < kPoints)
 #pragma unroll
-            for (int e = 0; e < kPerLane; ++e)
+            for (int e = 0; e < kPerLane / kPerStage; ++e)
               // Behind the last channel's points lie sums of the other warpgroup.
               x[c][i][e] = kTaps && (c == 0 || column + kStep < last) &&
                                    (kPoints % kSpan == 0 || x0 + i * kSpan + lane * kPerLane + e < kPoints)
-                               ? from[c * kStep * RG_STAGE_PITCH + i * kSpan + e]
-                               : 0.f;
+                               ? from[c * kStep * RG_STAGE_PITCH + i * kSpan / kPerStage + e]
+                               : stage_t();
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         if (c == 1 && column + kStep >= last) break;
@@ -290,9 +372,14 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
           if (kTurns <= 2 && x0 + i * kSpan >= kPoints) continue;
           output_t value[kPerLane];
 #pragma unroll
-          for (int e = 0; e < kPerLane; ++e)
-            value[e] = narrow<output_t>(tconv_epilogue<float>(TCONV_BIAS ? x[c][i][e] + bias : x[c][i][e], channel,
-                                                              first + to[i][e], a.operands));
+          for (int e = 0; e < kPerLane; ++e) {
+            if (RG_HALF_SUMS && kTaps)
+              value[e] = low_half<output_t>(static_cast<unsigned>(x[c][i][0]) >> e * 16);
+            else
+              value[e] = narrow<output_t>(tconv_epilogue<float>(
+                  RG_HALF_SUMS ? bias : TCONV_BIAS ? x[c][i][e / kPerStage] + bias : x[c][i][e / kPerStage], channel,
+                  first + to[i][e], a.operands));
+          }
           output_t* const there = result + (kOneRow ? i * kSpan : to[i][0]);
           if (paired[i]) {
             *reinterpret_cast<unsigned*>(there) = pack_words(value[0], value[kPerLane - 1]);
@@ -321,7 +408,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
   __shared__ Barrier sums_full[2], sums_empty[2];
   uint4* const tiles = shared;
   unsigned* const weights = reinterpret_cast<unsigned*>(shared + RG_STAGES * kStageUnits);
-  float* const sums = reinterpret_cast<float*>(weights + RG_WEIGHT_STAGES * kWeightStageWords);
+  stage_t* const sums = reinterpret_cast<stage_t*>(weights + RG_WEIGHT_STAGES * kWeightStageWords);
 #if RG_ROWS
   __shared__ Barrier arrived[RG_LOAD_WARPS * RG_RAW_SLOTS];  // boxes
 #endif
@@ -356,15 +443,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
   }
   // Phases without taps hold zero, and nothing else writes them.
   if (RG_NUM_LIVE < RG_PW)
-    for (int i = threadIdx.x; i < 2 * RG_SUM_WORDS; i += kThreads) sums[i] = 0.f;
+    for (int i = threadIdx.x; i < 2 * RG_SUM_WORDS; i += kThreads) sums[i] = stage_t();
   __syncthreads();
   wait_for_kernel_before();  // packs
 
   if (warp < 8) {  // multiply
     if (RG_TENSOR) take_registers<RG_STORE_GROUPS == 1 ? 160 : 120>();
-    const int warpgroup = warp / 4, quad = lane / 4, quarter = lane % 4;
+    const int warpgroup = warp / 4;
     const bool leader = lane == 0;  // of its warp: a warp knows of its own products only
-    float* const stage = sums + warpgroup * RG_SUM_WORDS;
+    stage_t* const stage = sums + warpgroup * RG_SUM_WORDS;
     const unsigned first_row = operand_word(weights + (RG_ROW_GROUPS == 2 ? warpgroup * kGroupWords : 0), 1024);
     const unsigned first_column =
         operand_word(tiles + warpgroup * (RG_GROUP_ROWS * RG_JW + RG_GROUP_COLUMNS) * kPositionUnits, kPlaneBytes);
@@ -383,6 +470,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
         if (rg_entry_begin[pass] < rg_entry_begin[pass + 1]) last_pass = pass;
       bool first_pass = true;
       RingPlace<RG_STAGES> item_at = at;
+#if RG_HALF_SUMS
+      int channel[2];  // of this thread's rows
+      float bias[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int n = (item.row_block + (RG_ROW_GROUPS == 2 ? warpgroup : 0)) * RG_CHANNELS +
+                      RG_ROW_CHANNEL(warp % 4 * 16 + lane / 4 + half * 8);
+        channel[half] = item.group * RG_N_CHANNELS + min(n, RG_N_CHANNELS - 1);
+        bias[half] = tconv_bias(a.bias, channel[half]);
+      }
+#endif
       for (int pass = item.pass_begin; pass <= last_pass; ++pass) {
         const int entry_begin = rg_entry_begin[pass], entry_end = rg_entry_begin[pass + 1];
         if (entry_begin == entry_end) continue;
@@ -434,7 +532,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           barrier_wait(sums_empty + warpgroup, sums_parity ^ 1);
-          store_sums(stage, sum, part, warp % 4, quad, quarter);
+#if RG_HALF_SUMS
+          store_sums(a, stage, sum, bias, channel, part, warp % 4, lane);
+#else
+          store_sums(stage, sum, part, warp % 4, lane / 4, lane % 4);
+#endif
           barrier_arrive(sums_full + warpgroup);
           sums_parity ^= 1;
         }

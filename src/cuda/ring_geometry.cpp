@@ -225,6 +225,17 @@ bool takes_source(const Problem& problem, const Config& config, const Geometry& 
 // The sums of g.part columns in shared memory. Their row pitch spreads a warp's stores over the banks.
 void lay_out_sums(const Problem& problem, Geometry& g) {
   const int points = g.part * g.width_phases;
+  if (g.half_sums) {  // words of two results; lines of 16 bytes start on as many, an odd number of them apart
+    const int rows = 64 / g.num_live;
+    if (problem.layout == Layout::channels_last) {
+      g.stage_pitch = rows / 2 + 4;
+      g.sum_words = points * g.stage_pitch;
+      return;
+    }
+    g.stage_pitch = static_cast<int>(g.num_live == 2 ? ceil_div(points / 2 - 8, 32) * 32 + 8 : (points / 8 | 1) * 4);
+    g.sum_words = rows * g.stage_pitch;
+    return;
+  }
   if (problem.layout == Layout::channels_last) {
     g.stage_pitch = static_cast<int>(ceil_div(g.channels, 4) * 4 + 4);
     g.sum_words = points * g.stage_pitch;
@@ -356,6 +367,27 @@ int64_t num_items(const Problem& problem, const Config& config, const Geometry& 
          (splits_passes(config) ? static_cast<int64_t>(g.passes.size()) : 1);
 }
 
+namespace {
+
+// The multiplying warps apply a chain of so many instructions a result themselves.
+constexpr double kShortChain = 24;
+
+bool takes_half_sums(const Problem& problem, const Epilogue& epilogue, const Geometry& g) {
+  DType stored = epilogue.output_dtype.value_or(problem.dtype);
+  double math = 0;
+  for (const Op& op : epilogue.ops) {
+    if (is_norm(op.kind)) {
+      stored = problem.dtype;
+      break;
+    }
+    if (operand_kind(op.kind) == OperandKind::tensor) return false;
+    math += math_of(op.kind);
+  }
+  return size_of(stored) == 2 && g.num_live == g.width_phases && g.num_live <= 2 && math <= kShortChain;
+}
+
+}  // namespace
+
 Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
                   const Geometry& layer) {
   Geometry g = layer;
@@ -364,6 +396,7 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
     g.refusal = std::move(why);
     return g;
   };
+  g.half_sums = takes_half_sums(problem, epilogue, g);
   g.chunks = static_cast<int>(ceil_div(g.words, config.block_k));
   if (config.block_k > 8 && config.block_k / 2 >= g.words) return refuse("block_k is over twice the channels");
   if (splits_passes(config) && g.passes.size() == 1) return refuse("one pass cannot be split");

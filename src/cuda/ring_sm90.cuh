@@ -42,6 +42,27 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int x0,
       : "memory");
 }
 
+// Four matrices of 8 x 8 16-bit elements to shared memory, of which a thread holds what a product's sums would be; a lane
+// names a line of 16 bytes: a row of one of them, or, turned, a column.
+template <bool kTurned>
+__device__ __forceinline__ void store_matrices(void* to, unsigned a, unsigned b, unsigned c, unsigned d) {
+  if (kTurned)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+  else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(a),
+                 "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+// The same four from shared memory, turned.
+__device__ __forceinline__ void load_turned_matrices(const void* from, unsigned (&matrix)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(shared_address(from))
+               : "memory");
+}
+
 template <int kStages>
 struct RingPlace {
   int stage = 0;
