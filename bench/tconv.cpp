@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -15,8 +16,10 @@
 #include <map>
 #include <random>
 #include <set>
+#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
@@ -77,6 +80,19 @@ void read_problems(const std::string& path, std::vector<std::string>& problems) 
   }
 }
 
+template <typename T>
+T parse_number(const std::string& option, const std::string& text, T least) {
+  T number{};
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc() || end != text.data() + text.size() || !(number >= least)) {
+    std::ostringstream what;
+    what << option << " must be a" << (std::is_integral_v<T> ? " whole" : "") << " number of at least " << least
+         << ", got `" << text << '`';
+    throw UsageError(what.str());
+  }
+  return number;
+}
+
 Options parse_options(int argc, char** argv) {
   Options options;
   if (argc < 2) throw UsageError("a command is missing");
@@ -107,19 +123,19 @@ Options parse_options(int argc, char** argv) {
     } else if (argument == "--arch") {
       options.arch = value;
     } else if (argument == "--jobs") {
-      options.jobs = std::atoi(value.c_str());
+      options.jobs = parse_number(argument, value, 1);
     } else if (argument == "--top") {
-      options.top = std::atoi(value.c_str());
+      options.top = parse_number(argument, value, 1);
     } else if (argument == "--out") {
       options.out = value;
     } else if (argument == "--reduce") {
-      options.reduce = std::atof(value.c_str());
+      options.reduce = parse_number(argument, value, 1.0);
     } else if (argument == "--runs") {
-      options.runs = std::atoi(value.c_str());
+      options.runs = parse_number(argument, value, 1);
     } else if (argument == "--threads") {
-      options.threads = std::atoi(value.c_str());
+      options.threads = parse_number(argument, value, 1);
     } else if (argument == "--seed") {
-      options.seed = std::strtoull(value.c_str(), nullptr, 10);
+      options.seed = parse_number<std::uint64_t>(argument, value, 0);
       options.have_seed = true;
     } else {
       throw UsageError("unknown option " + argument);
@@ -133,7 +149,7 @@ Options parse_options(int argc, char** argv) {
 Device find_device(const std::string& name) {
   if (name.empty() || name == "cpu") return cpu_device();
   if (name == "cuda") return cuda_device(0);
-  if (name.starts_with("cuda:")) return cuda_device(std::atoi(name.c_str() + 5));
+  if (name.starts_with("cuda:")) return cuda_device(parse_number("--device cuda:", name.substr(5), 0));
   return known_device(name);
 }
 
@@ -492,9 +508,12 @@ int run_compile(const Options& options) {
 }
 
 int run(int argc, char** argv) {
-  if (argc > 1 && (std::string(argv[1]) == "--help" || std::string(argv[1]) == "help")) {
-    std::fputs(kUsage, stdout);
-    return 0;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--help" || argument == "-h" || (i == 1 && argument == "help")) {
+      std::fputs(kUsage, stdout);
+      return 0;
+    }
   }
   try {
     const Options options = parse_options(argc, argv);
@@ -505,7 +524,7 @@ int run(int argc, char** argv) {
     if (options.command == "compile") return run_compile(options);
     throw UsageError("unknown command " + options.command);
   } catch (const UsageError& error) {
-    std::fprintf(stderr, "tconv: %s\n\n%s", error.what(), kUsage);
+    std::fprintf(stderr, "tconv: %s (tconv --help lists commands and options)\n", error.what());
     return 2;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "tconv: %s\n", error.what());

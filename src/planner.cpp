@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdlib>
+#include <functional>
+#include <future>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -472,9 +474,19 @@ std::shared_ptr<const Plan> plan(const Problem& problem, const Epilogue& epilogu
   auto made = std::make_shared<Plan>(make_plan(problem, epilogue, device, only, kernels(device.backend)));
   const bool runnable = device.backend == Backend::cpu || device.index >= 0;
   if (runnable) {
-    for (Step& step : made->steps) {
+    // Steps are prepared at the same time: on CUDA that may compile for a second each.
+    std::vector<std::future<void>> others;
+    const auto prepare = [](Step& step) {
       if (step.kernel->prepare != nullptr) step.kernel->prepare(step);
+    };
+    for (std::size_t i = 1; i < made->steps.size(); ++i) {
+      if (device.backend == Backend::cuda)
+        others.push_back(std::async(std::launch::async, prepare, std::ref(made->steps[i])));
+      else
+        prepare(made->steps[i]);
     }
+    if (!made->steps.empty()) prepare(made->steps[0]);
+    for (std::future<void>& other : others) other.get();
   }
   std::unique_lock lock(cache().mutex);
   if (auto found = find(key, problem, epilogue, device, only)) return found;

@@ -56,13 +56,13 @@ std::string on_host(std::string text) {
       const std::size_t open = at + std::string(start).size() - 1;
       text.replace(at, text.find(';', behind(text, open, '(', ')')) + 1 - at, ";");
     }
-  for (const char* name :
-       {"shared_address",    "barrier_init",    "barrier_init_done", "barrier_arrive", "barrier_expect",
-        "barrier_wait",      "copy_bulk",       "copy_box",          "copy_async",     "copy_part",
-        "copy_async_commit", "copy_async_wait", "wgmma_fence",       "wgmma_commit",   "wgmma_wait",
-        "wgmma_shared",      "wgmma_step",      "loaders_barrier",   "to_tf32",        "fence_shared_for_wgmma",
-        "nearest",           "nearest_tf32",    "store_matrices",    "store_16",       "take_registers",
-        "give_registers",   "narrow_pair",     "load_turned_matrices"}) {
+  for (const char* name : {"shared_address", "barrier_init",    "barrier_init_done", "barrier_arrive",
+                           "barrier_expect", "barrier_wait",    "copy_bulk",         "copy_box",
+                           "copy_async",     "copy_part",       "copy_async_commit", "copy_async_wait",
+                           "wgmma_fence",    "wgmma_commit",    "wgmma_wait",        "wgmma_shared",
+                           "wgmma_step",     "loaders_barrier", "to_tf32",           "fence_shared_for_wgmma",
+                           "nearest",        "nearest_tf32",    "store_matrices",    "store_16",
+                           "take_registers", "give_registers",  "narrow_pair",       "load_turned_matrices"}) {
     const std::string call = ' ' + std::string(name) + '(';
     for (std::size_t at = 0; (at = text.find(call, at)) != std::string::npos; ++at) {
       std::size_t begin = text.rfind('\n', at) + 1;
@@ -241,6 +241,14 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"2d b2 g2 c64>32 i16x20 t3x3 tf32 | bias", "64x64x32,s3,w20"},
                     Case{"1d b5 c64>64 i64 t5 d2 tf32", "64x120x32,s3,w20"},
                     Case{"1d b2 c64>64 i256 t3 tf32", "64x120x32,s7,w20"},
+                    // results handed over as 16 bits, in both layouts and with two width phases; early epilogues
+                    Case{"2d c24>40 i9x20 t4x4 s2 p1 f16 | bias", "64x64x16,s3,w20"},
+                    Case{"2d c32>24 i9x21 t4x4 s2 p1 bf16 channels_last | bias add_channel", "64x120x16,s3,w20"},
+                    Case{"2d b2 c32>40 i9x40 t3x3 f16 | bias add_channel", "64x120x16,s7,w20"},
+                    Case{"2d c32>40 i9x21 t3x3 bf16 channels_last | bias add_channel", "64x120x16,s3,w20"},
+                    Case{"2d c32>40 i9x21 t3x3 s2 tf32 | bias add_channel", "64x64x16,s3,w20"},
+                    Case{"2d c32>40 i9x21 t3x3 s3 tf32 channels_last | bias add_channel", "64x64x16,s3,w20"},
+                    Case{"2d c32>40 i9x21 t2x2 s3 f16 | bias add_channel", "64x64x16,s3,w20"},
                     // two row blocks at the same positions; the last one alone
                     Case{"2d c32>160 i9x20 t3x3 tf32 | bias", "64x120x16,s3,w20,k2"},
                     // the copy engine: as the tensor is, from a copy, gathered, stepped, in parts

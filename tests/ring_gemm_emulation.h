@@ -30,14 +30,18 @@ int main() {
   const long long weights = static_cast<long long>(TCONV_CI) * TCONV_GROUPS * TCONV_CO * RG_NUM_TAPS;
 
   Buffer<storage_t> x(batch * source_channels * source_plane), bias(result_channels);
+  Buffer<operand_t> operand(result_channels);  // of an operation with a value per channel
   Buffer<output_t> y(batch * result_channels * result_plane);
   std::vector<storage_t> w(static_cast<std::size_t>(weights));
   for (long long i = 0; i < batch * source_channels * source_plane; ++i) assign(x.first[i], small_number());
   for (storage_t& weight : w) assign(weight, small_number());
-  for (int c = 0; c < result_channels; ++c) assign(bias.first[c], c % 7 - 3);
+  for (int c = 0; c < result_channels; ++c) {
+    assign(bias.first[c], c % 7 - 3);
+    assign(operand.first[c], c % 5 - 2);
+  }
 
   RingGemmArgs a{};
-  a.source = x.first, a.bias = bias.first, a.result = y.first;
+  a.source = x.first, a.bias = bias.first, a.result = y.first, a.operands.at[0] = operand.first;
   auto strides = [&](long long& image, long long& slab, long long& row, long long& inner, const long long* size,
                      int channels, long long plane) {
     image = channels * plane;
@@ -146,7 +150,7 @@ int main() {
       }
     }
     output_t rounded;
-    assign(rounded, sum);
+    assign(rounded, tconv_epilogue<float>(sum, c, 0, a.operands));
     const float got = value_of(y.first[at(result, result_channels, b, c, where[0], where[1], where[2])]);
     if (!(got == value_of(rounded)) && differ++ < 3)
       std::printf("[b=%lld, c=%d, %lld, %lld, %lld]: got %g, expected %g\n", b, c, where[0], where[1], where[2], got,

@@ -107,7 +107,8 @@ __device__ __forceinline__ void pack_source(const SourcePack& a, unsigned first,
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(256, 4)
+// fp32: 40 registers, so that six blocks fit; 16-bit threads have twice as many elements under way and spill there.
+extern "C" __global__ void __launch_bounds__(256, sizeof(storage_t) == 4 ? 6 : 4)
     ring_gemm_pack(const storage_t* weight, unsigned* packed, unsigned blocks, int weight_last
 #if RG_PACK_SOURCE
                    ,

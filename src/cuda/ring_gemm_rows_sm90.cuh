@@ -17,23 +17,28 @@ constexpr int kColumnsOfUnit = kPerUnit;
 
 #if TCONV_DTYPE_f32
 __device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4*, int rows, int early, int lane) {
-  // 8 lanes that store together: neighbouring planes and every fourth position, all in different banks.
-  constexpr int kAcross = RG_RAW_UNITS < 4 ? RG_RAW_UNITS : 4, kAlong = 8 / kAcross;
-  constexpr int kGroups = (RG_RAW_WIDE + kAlong - 1) / kAlong;
-  const int count = rows * kGroups * RG_RAW_UNITS * kAlong;
+  // 8 lanes that store together: neighbouring planes and every fourth position, all in different banks. The four eights of
+  // a warp take the box's other units, then further columns.
+  constexpr int kAcross = RG_RAW_UNITS < 4 ? RG_RAW_UNITS : 4, kUnitGroups = RG_RAW_UNITS / kAcross;
+  constexpr int kAlong = 8 / kAcross, kStep = kAlong * (4 / kUnitGroups);
+  const int u = lane % kAcross + lane / 8 % kUnitGroups * kAcross;
+  const int g0 = lane / 8 / kUnitGroups * kAlong + lane % 8 / kAcross;
+  raw += u * 4 * kRawPitch;
+  tile += u * kPlane - early;
+#pragma unroll 1
+  for (int row = 0; row < rows; ++row) {
 #pragma unroll 2
-  for (int i = lane; i < count; i += 32) {
-    const int u = i % kAcross + i / 8 % (RG_RAW_UNITS / kAcross) * kAcross, rest = i / 8 / (RG_RAW_UNITS / kAcross);
-    const int g = rest % kGroups * kAlong + i % 8 / kAcross, row = rest / kGroups;
-    if (g >= RG_RAW_WIDE) continue;
-    const uint4* from = raw + u * 4 * kRawPitch + row * RG_RAW_WIDE + g;
-    const uint4 a = from[0], b = from[kRawPitch], c = from[2 * kRawPitch], d = from[3 * kRawPitch];
-    const int column = 4 * g - early;
-    uint4* to = tile + u * kPlane + row * RG_JW + column;
-    if ((unsigned)column < RG_JW) to[0] = rounded(a.x, b.x, c.x, d.x);
-    if ((unsigned)(column + 1) < RG_JW) to[1] = rounded(a.y, b.y, c.y, d.y);
-    if ((unsigned)(column + 2) < RG_JW) to[2] = rounded(a.z, b.z, c.z, d.z);
-    if ((unsigned)(column + 3) < RG_JW) to[3] = rounded(a.w, b.w, c.w, d.w);
+    for (int g = g0; g < RG_RAW_WIDE; g += kStep) {
+      const uint4* from = raw + g;
+      const uint4 a = from[0], b = from[kRawPitch], c = from[2 * kRawPitch], d = from[3 * kRawPitch];
+      const int column = 4 * g - early;
+      uint4* to = tile + 4 * g;
+      if ((unsigned)column < RG_JW) to[0] = rounded(a.x, b.x, c.x, d.x);
+      if ((unsigned)(column + 1) < RG_JW) to[1] = rounded(a.y, b.y, c.y, d.y);
+      if ((unsigned)(column + 2) < RG_JW) to[2] = rounded(a.z, b.z, c.z, d.z);
+      if ((unsigned)(column + 3) < RG_JW) to[3] = rounded(a.w, b.w, c.w, d.w);
+    }
+    raw += RG_RAW_WIDE, tile += RG_JW;
   }
 }
 #else
@@ -48,7 +53,7 @@ __device__ __forceinline__ void turn_box(const uint4* raw, uint4* tile, uint4* n
   tile += u * kPlane + column0;
 #pragma unroll 1
   for (int row = 0; row < rows; ++row) {
-#pragma unroll(kTurns * ((RG_RAW_WIDE + kAlong * kAtOnce - 1) / (kAlong * kAtOnce)) <= 4 ? 4 : 1)
+#pragma unroll(kTurns*((RG_RAW_WIDE + kAlong * kAtOnce - 1) / (kAlong * kAtOnce)) <= 4 ? 4 : 1)
     for (int g = 0; g < RG_RAW_WIDE; g += kAlong * kAtOnce) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {

@@ -191,6 +191,7 @@ std::vector<Unit> units(const Step& step) {
   define("RG_RAW_SLOTS", g.raw_slots);
   define("RG_ROW_GROUPS", g.row_groups);
   define("RG_PART", g.part);
+  define("RG_EARLY_EPILOGUE", g.early_epilogue ? 1 : 0);
   define("RG_HALF_SUMS", g.half_sums ? 1 : 0);
   define("RG_WEIGHT_STAGES", g.weight_stages);
   define("RG_WEIGHTS_STAY", g.weights_stay ? 1 : 0);

@@ -6,9 +6,9 @@
 //             weights   1 warp copies packed rows by the copy engine
 //             multiply  2 warpgroups, each 64 rows (result channel x width phase) times a run of RG_N positions; the
 //                       runs are neighbours with the same rows, or one run with neighbouring rows (RG_ROW_GROUPS 2)
-//             store     4 or 8 warps take the sums through shared memory, apply the epilogue and write whole lines; where
-//                       results have 16 bits and the epilogue is short (RG_HALF_SUMS), the multiplying warps apply it
-//                       and hand over what is stored: half the bytes, and a run in one piece
+//             store     4 or 8 warps take the results through shared memory and write whole lines. The epilogue is theirs
+//                       too, or, with RG_EARLY_EPILOGUE, of the multiplying warps, which have more registers; 16-bit
+//                       results are then handed over as they are stored (RG_HALF_SUMS): half the bytes, a run in one piece
 //           so loads, products and stores of neighbouring tiles overlap. Both operands lie in shared memory with k
 //           contiguous: any position is a legal start address, one staged tile serves every tap.
 // Refuses   fp32 accuracy (the tensor core truncates its sums), fp64 (see ring_gemm_sm90.cpp)
@@ -128,16 +128,25 @@ __device__ __forceinline__ void loaders_barrier() { asm volatile("bar.sync 1, %0
 
 // -------------------------------------------------------------------------------------------------------- 3 multiply
 
+// A thread has rows r and r + 8 of its warp; what belongs to them is theirs.
+struct Rows {
+  int channel[2];
+  float bias[2];
+};
+__device__ __forceinline__ float result_of(const RingGemmArgs& a, const float (&sum)[kSums], const Rows& rows, int at) {
+#if RG_EARLY_EPILOGUE
+  const int half = at / 2 % 2;
+  return tconv_epilogue<float>(TCONV_BIAS ? sum[at] + rows.bias[half] : sum[at], rows.channel[half], 0, a.operands);
+#else
+  return sum[at];
+#endif
+}
+
 #if RG_HALF_SUMS
 using stage_t = unsigned;  // two results
-// The results of rows r and r + 8 of a warp, whose biases and channels are given, as they are stored.
 __device__ __forceinline__ void store_sums(const RingGemmArgs& a, stage_t* stage, const float (&sum)[kSums],
-                                           const float (&bias)[2], const int (&channel)[2], int part, int warp,
-                                           int lane) {
-  auto result = [&](int at) {
-    const int half = at / 2 % 2;
-    return tconv_epilogue<float>(TCONV_BIAS ? sum[at] + bias[half] : sum[at], channel[half], 0, a.operands);
-  };
+                                           const Rows& rows, int part, int warp, int lane) {
+  auto result = [&](int at) { return result_of(a, sum, rows, at); };
   constexpr int kMatrices = RG_PART / 8;  // of 8 positions
 #if !TCONV_CHANNELS_LAST && RG_NUM_LIVE == 2
   // The phases of a position are neighbours.
@@ -169,28 +178,30 @@ __device__ __forceinline__ void store_sums(const RingGemmArgs& a, stage_t* stage
     for (int m = 0; m < 4; ++m)
       matrix[m] = m < 2 || both ? narrow_pair<output_t>(result(at + m * 2), result(at + m * 2 + 1)) : 0u;
     // An odd last one goes twice to the same place.
-    store_matrices<TCONV_CHANNELS_LAST>(both ? to : to - next * kNext, matrix[0], matrix[1], both ? matrix[2] : matrix[0],
-                                        both ? matrix[3] : matrix[1]);
+    store_matrices<TCONV_CHANNELS_LAST>(both ? to : to - next * kNext, matrix[0], matrix[1],
+                                        both ? matrix[2] : matrix[0], both ? matrix[3] : matrix[1]);
     to += 2 * kNext;
   }
 #endif
 }
 #else
 using stage_t = float;
-// Row of a product -> (channel, width phase). With two phases both are in one thread (rows r and r + 8).
-__device__ __forceinline__ void store_sums(stage_t* stage, const float (&sum)[kSums], int part, int warp, int quad,
-                                           int quarter) {
+// Row of a product -> (channel, width phase). With two phases both are in one thread.
+__device__ __forceinline__ void store_sums(const RingGemmArgs& a, stage_t* stage, const float (&sum)[kSums],
+                                           const Rows& rows, int part, int warp, int lane) {
+  auto result = [&](int at) { return result_of(a, sum, rows, at); };
+  const int quad = lane / 4, quarter = lane % 4;
 #pragma unroll
   for (int n8 = 0; n8 < RG_PART / 8; ++n8) {
     const int at = (part * (RG_PART / 8) + n8) * 4, position = n8 * 8 + quarter * 2;
     if (at >= kSums) break;
 #if !TCONV_CHANNELS_LAST && RG_NUM_LIVE == 1 && RG_PW == 1
     float2* to = reinterpret_cast<float2*>(stage + (warp * 16 + quad) * RG_STAGE_PITCH + position);
-    to[0] = make_float2(sum[at], sum[at + 1]);
-    to[4 * RG_STAGE_PITCH] = make_float2(sum[at + 2], sum[at + 3]);
+    to[0] = make_float2(result(at), result(at + 1));
+    to[4 * RG_STAGE_PITCH] = make_float2(result(at + 2), result(at + 3));
 #elif !TCONV_CHANNELS_LAST && RG_NUM_LIVE == 2 && RG_PW == 2
     *reinterpret_cast<float4*>(stage + (warp * 8 + quad) * RG_STAGE_PITCH + position * 2) =
-        make_float4(sum[at], sum[at + 2], sum[at + 1], sum[at + 3]);
+        make_float4(result(at), result(at + 2), result(at + 1), result(at + 3));
 #else
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -198,11 +209,11 @@ __device__ __forceinline__ void store_sums(stage_t* stage, const float (&sum)[kS
       const int channel = RG_ROW_CHANNEL(row), phase = rg_live[RG_ROW_LIVE(row)];
       if (channel >= RG_CHANNELS) continue;
 #if TCONV_CHANNELS_LAST
-      stage[(position * RG_PW + phase) * RG_STAGE_PITCH + channel] = sum[at + half * 2];
-      stage[((position + 1) * RG_PW + phase) * RG_STAGE_PITCH + channel] = sum[at + half * 2 + 1];
+      stage[(position * RG_PW + phase) * RG_STAGE_PITCH + channel] = result(at + half * 2);
+      stage[((position + 1) * RG_PW + phase) * RG_STAGE_PITCH + channel] = result(at + half * 2 + 1);
 #else
-      stage[channel * RG_STAGE_PITCH + position * RG_PW + phase] = sum[at + half * 2];
-      stage[channel * RG_STAGE_PITCH + (position + 1) * RG_PW + phase] = sum[at + half * 2 + 1];
+      stage[channel * RG_STAGE_PITCH + position * RG_PW + phase] = result(at + half * 2);
+      stage[channel * RG_STAGE_PITCH + (position + 1) * RG_PW + phase] = result(at + half * 2 + 1);
 #endif
     }
 #endif
@@ -211,6 +222,14 @@ __device__ __forceinline__ void store_sums(stage_t* stage, const float (&sum)[kS
 #endif
 
 // ------------------------------------------------------------------------------------------------ 4 epilogue, 5 store
+
+// What is stored for a sum, or for a result that is finished.
+template <bool kFinished>
+__device__ __forceinline__ output_t stored_value(const RingGemmArgs& a, float x, float bias, int channel,
+                                                 long long element) {
+  return narrow<output_t>(kFinished ? x
+                                    : tconv_epilogue<float>(TCONV_BIAS ? x + bias : x, channel, element, a.operands));
+}
 
 // A part of one warpgroup's run of one pass; without taps the stage is not read.
 template <bool kTaps>
@@ -223,6 +242,7 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
   const int n_first = (item.row_block + (RG_ROW_GROUPS == 2 ? warpgroup : 0)) * RG_CHANNELS;
   constexpr int kPoints = RG_PART * RG_PW;
   const int p_first = kParts == 1 ? 0 : part * RG_PART;
+  constexpr bool kFinished = RG_EARLY_EPILOGUE && kTaps;
 #if TCONV_CHANNELS_LAST
   // Lanes along the channels, 16 bytes of results each; a thread keeps its channels while the positions go by.
   constexpr int kWide = 16 / sizeof(output_t);
@@ -237,8 +257,7 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
   if (!kTaps)
 #pragma unroll
     for (int e = 0; e < kWide; ++e)
-      if (e < count)
-        nothing[e] = narrow<output_t>(tconv_epilogue<float>(tconv_bias(a.bias, channel + e), channel + e, 0, a.operands));
+      if (e < count) nothing[e] = stored_value<false>(a, 0.f, tconv_bias(a.bias, channel + e), channel + e, 0);
 #else
   float bias[kWide];
 #pragma unroll
@@ -247,7 +266,10 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
   const long long first =
       item.b * a.result_image + od * a.result_slab + (long long)q_h * RG_OUT_H * a.result_row + channel;
   // A few points at once, so that the address, sums and store of one do not wait for those of another.
-  constexpr int kStep = kStorers / kLanes, kAtOnce = RG_HALF_SUMS ? 6 : kThreads > 640 ? 2 : kWide == 8 ? 3 : 4;
+  constexpr int kStep = kStorers / kLanes, kAtOnce = RG_HALF_SUMS     ? (kThreads > 640 ? 3 : 6)
+                                                     : kThreads > 640 ? 2
+                                                     : kWide == 8     ? 3
+                                                                      : 4;
 #pragma unroll 1
   for (int point0 = thread / kLanes; point0 < kPoints; point0 += kAtOnce * kStep) {
     long long element[kAtOnce];
@@ -294,10 +316,7 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
       output_t results[kWide];
 #pragma unroll
       for (int e = 0; e < kWide; ++e)
-        results[e] =
-            e < count
-                ? narrow<output_t>(tconv_epilogue<float>(x[i][e] + bias[e], channel + e, element[i] + e, a.operands))
-                : output_t();
+        results[e] = e < count ? stored_value<kFinished>(a, x[i][e], bias[e], channel + e, element[i] + e) : output_t();
       if (whole) {
         store_16(a.result + element[i], unit_of(results));
       } else {
@@ -372,14 +391,10 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
           if (kTurns <= 2 && x0 + i * kSpan >= kPoints) continue;
           output_t value[kPerLane];
 #pragma unroll
-          for (int e = 0; e < kPerLane; ++e) {
-            if (RG_HALF_SUMS && kTaps)
-              value[e] = low_half<output_t>(static_cast<unsigned>(x[c][i][0]) >> e * 16);
-            else
-              value[e] = narrow<output_t>(tconv_epilogue<float>(
-                  RG_HALF_SUMS ? bias : TCONV_BIAS ? x[c][i][e / kPerStage] + bias : x[c][i][e / kPerStage], channel,
-                  first + to[i][e], a.operands));
-          }
+          for (int e = 0; e < kPerLane; ++e)
+            value[e] = RG_HALF_SUMS && kTaps
+                           ? low_half<output_t>(static_cast<unsigned>(x[c][i][0]) >> e * 16)
+                           : stored_value<kFinished>(a, x[c][i][e / kPerStage], bias, channel, first + to[i][e]);
           output_t* const there = result + (kOneRow ? i * kSpan : to[i][0]);
           if (paired[i]) {
             *reinterpret_cast<unsigned*>(there) = pack_words(value[0], value[kPerLane - 1]);
@@ -470,17 +485,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
         if (rg_entry_begin[pass] < rg_entry_begin[pass + 1]) last_pass = pass;
       bool first_pass = true;
       RingPlace<RG_STAGES> item_at = at;
-#if RG_HALF_SUMS
-      int channel[2];  // of this thread's rows
-      float bias[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int n = (item.row_block + (RG_ROW_GROUPS == 2 ? warpgroup : 0)) * RG_CHANNELS +
-                      RG_ROW_CHANNEL(warp % 4 * 16 + lane / 4 + half * 8);
-        channel[half] = item.group * RG_N_CHANNELS + min(n, RG_N_CHANNELS - 1);
-        bias[half] = tconv_bias(a.bias, channel[half]);
-      }
-#endif
       for (int pass = item.pass_begin; pass <= last_pass; ++pass) {
         const int entry_begin = rg_entry_begin[pass], entry_end = rg_entry_begin[pass + 1];
         if (entry_begin == entry_end) continue;
@@ -529,14 +533,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
           if (!RG_WEIGHTS_STAY) barrier_arrive(weights_empty + rows_behind);
           if (tile_behind >= 0) barrier_arrive(empty + tile_behind);
         }
+        Rows own;
+#if RG_EARLY_EPILOGUE
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int n = (item.row_block + (RG_ROW_GROUPS == 2 ? warpgroup : 0)) * RG_CHANNELS +
+                        RG_ROW_CHANNEL(warp % 4 * 16 + lane / 4 + half * 8);
+          own.channel[half] = item.group * RG_N_CHANNELS + min(n, RG_N_CHANNELS - 1);
+          own.bias[half] = tconv_bias(a.bias, own.channel[half]);
+        }
+#endif
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           barrier_wait(sums_empty + warpgroup, sums_parity ^ 1);
-#if RG_HALF_SUMS
-          store_sums(a, stage, sum, bias, channel, part, warp % 4, lane);
-#else
-          store_sums(stage, sum, part, warp % 4, lane / 4, lane % 4);
-#endif
+          store_sums(a, stage, sum, own, part, warp % 4, lane);
           barrier_arrive(sums_full + warpgroup);
           sums_parity ^= 1;
         }

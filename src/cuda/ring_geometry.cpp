@@ -181,8 +181,11 @@ Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& con
   const double stall =
       g.weights_stay ? 0.0 : std::max(0.0, kWeightLatency - (g.weight_stages - 2) * group_cycles(config, g));
   Cost cost;
-  cost.multiply = 2.16 * steps * std::max(g.columns / 2.0, 32.0) + groups * (stall + 73.0) +
-                  passes * share * (280.0 + 238.0 * ceil_div(g.columns, g.part));
+  // Results handed over as 16 bits: fitted to 100 measurements on an H200.
+  const double hand_over =
+      g.half_sums ? 200.0 + 60.0 * ceil_div(g.columns, g.part) : 280.0 + 238.0 * ceil_div(g.columns, g.part);
+  cost.multiply = (g.half_sums ? 2.04 : 2.16) * steps * std::max(g.columns / 2.0, 32.0) + groups * (stall + 73.0) +
+                  passes * share * hand_over;
   const double loads = (g.resident ? 1.0 : std::max(1.0, g.live_passes * share)) * g.chunks;
   const double units = loads * (config.block_k / 4) * g.positions;  // 16 bytes each
   const bool half = size_of(problem.dtype) == 2, last = problem.layout == Layout::channels_last;
@@ -191,17 +194,24 @@ Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& con
   } else {
     const bool gathers =
         !last && (!g.vector || volume(g.forward ? problem.input : output_size(problem)) % 4 != 0);  // word by word
-    const double unit = last && half ? 2.4 : gathers ? (half ? 5.0 : 3.0) : half ? 3.4 : 2.45;
+    const double unit = last && half ? 2.4 : gathers ? (half ? 5.0 : 3.0) : half ? (g.rows ? 2.0 : 3.4) : 2.45;
     // A group's few channels are pieces of a sector.
     const double pieces = problem.groups > 1 ? 3.4 : 1.0;
     cost.load = units * unit * pieces * (config.stages == 7 ? 0.96 : 1.0) + 223.0 * loads;
   }
-  double math = 0;
-  for (const Op& op : epilogue.ops) math += math_of(op.kind);
+  double math = 0;  // of what the convolution applies, as in set_epilogue
+  for (const Op& op : epilogue.ops) {
+    if (is_norm(op.kind)) break;
+    math += math_of(op.kind);
+  }
   const double results = 2.0 * g.th * g.tw * g.channels * g.width_phases * passes * share;
   const bool wide = config.warps - config.stages >= 17;  // eight warps store
   const bool narrow = size_of(epilogue.output_dtype.value_or(problem.dtype)) == 2;
-  const double result = narrow && last ? 0.16 : 0.45;
+  const double result = narrow && last ? (g.half_sums ? 0.11 : 0.16) : g.half_sums ? 0.26 : 0.45;
+  if (g.early_epilogue) {  // beside the other warpgroup's products
+    cost.multiply += results * math / 180.0;
+    math = 0;
+  }
   cost.store = results * (result + math / (narrow && last ? 130.0 : 90.0)) * (wide ? 1.0 : 1.12) +
                576.0 * passes * share * ceil_div(g.columns, g.part);
   return cost;
@@ -369,21 +379,28 @@ int64_t num_items(const Problem& problem, const Config& config, const Geometry& 
 
 namespace {
 
-// The multiplying warps apply a chain of so many instructions a result themselves.
-constexpr double kShortChain = 24;
-
-bool takes_half_sums(const Problem& problem, const Epilogue& epilogue, const Geometry& g) {
+// Who applies the chain up to a norm, and in what form results are handed over.
+void set_epilogue(const Problem& problem, const Epilogue& epilogue, const Config& config, Geometry& g) {
   DType stored = epilogue.output_dtype.value_or(problem.dtype);
   double math = 0;
+  bool tensors = false;  // operands with a value per element: where those lie is known to the storing warps
   for (const Op& op : epilogue.ops) {
     if (is_norm(op.kind)) {
       stored = problem.dtype;
       break;
     }
-    if (operand_kind(op.kind) == OperandKind::tensor) return false;
+    tensors = tensors || operand_kind(op.kind) == OperandKind::tensor;
     math += math_of(op.kind);
   }
-  return size_of(stored) == 2 && g.num_live == g.width_phases && g.num_live <= 2 && math <= kShortChain;
+  const bool half = size_of(stored) == 2 && g.num_live <= 2;
+  // What is known of a group's item, or 92 sums a thread and the turning of two phases, leave too few registers for a chain
+  // that is not short.
+  const bool spills =
+      half && ((math > 16 && problem.groups > 1) || (math > 24 && config.block_n > 136 && config.stages > 1 &&
+                                                     g.num_live == 2 && problem.layout == Layout::channels_last));
+  // Width phases without taps have no sums, but an epilogue.
+  g.early_epilogue = g.num_live == g.width_phases && !tensors && !spills && (half || math > 0);
+  g.half_sums = g.early_epilogue && half;
 }
 
 }  // namespace
@@ -396,7 +413,7 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
     g.refusal = std::move(why);
     return g;
   };
-  g.half_sums = takes_half_sums(problem, epilogue, g);
+  set_epilogue(problem, epilogue, config, g);
   g.chunks = static_cast<int>(ceil_div(g.words, config.block_k));
   if (config.block_k > 8 && config.block_k / 2 >= g.words) return refuse("block_k is over twice the channels");
   if (splits_passes(config) && g.passes.size() == 1) return refuse("one pass cannot be split");

@@ -55,7 +55,8 @@ struct Geometry {
   bool rows = false;                    // the copy engine brings rows of channels, which the loading warps turn
   int raw_wide = 0, raw_rows = 0, raw_units = 0, raw_slots = 0;  // of a box: 16-byte columns, rows, channels; places
   int slots = 0, stages = 0, entries_per_stage = 1, stage_pitch = 0, sum_words = 0;
-  bool half_sums = false;  // the sums are handed over as they are stored, in 16 bits
+  bool early_epilogue = false;      // the multiplying warps apply it
+  bool half_sums = false;           // and hand results over as they are stored, in 16 bits
   int weight_stages = 0, part = 8;  // part: columns of the sums that are handed over at once
   bool weights_stay = false;
   std::size_t shared_bytes = 0;
