@@ -28,18 +28,24 @@ struct Hash {
 };
 
 struct Choice {
+  DType dtype;
   std::int64_t batch;
   std::string chain, kernel;
 };
 
 using Table = std::unordered_multimap<Problem, Choice, Hash>;
 
+// Both 16-bit types have the same kernels and bytes, so a line of one serves the other that has none.
+Problem key_of(Problem problem) {
+  problem.batch = 1;
+  if (problem.dtype == DType::bf16) problem.dtype = DType::f16;
+  return problem;
+}
+
 void add(Table& table, const Line& line) {
   const auto [problem, epilogue] = parse_problem_and_epilogue(line.problem);
-  Problem key = simplify(problem, epilogue);
-  const std::int64_t batch = key.batch;
-  key.batch = 1;
-  table.emplace(key, Choice{batch, measured_chain(epilogue), std::string(line.choice)});
+  const Problem simple = simplify(problem, epilogue);
+  table.emplace(key_of(simple), Choice{simple.dtype, simple.batch, measured_chain(epilogue), std::string(line.choice)});
 }
 
 // Lines as `tconv tune --out` writes them; blank lines and // comments besides.
@@ -86,19 +92,20 @@ std::string_view measured_choice(const Problem& problem, const Epilogue& epilogu
   }();
   const bool own = path != nullptr && *path != 0;
   if (!own && (device.compute_capability != 90 || device.multiprocessors != 132)) return {};
-  Problem key = problem;
-  key.batch = 1;
-  const auto [begin, end] = table.equal_range(key);
+  const auto [begin, end] = table.equal_range(key_of(problem));
   if (begin == end) return {};
   const std::string chain = measured_chain(epilogue);
-  std::string_view plain;
+  std::string_view best;
+  int most = 0;
   for (auto at = begin; at != end; ++at) {
     const Choice& line = at->second;
     if (problem.batch > 4 * line.batch || line.batch > 4 * problem.batch) continue;
-    if (line.chain == chain) return line.kernel;
-    if (line.chain.empty()) plain = line.kernel;
+    if (line.chain != chain && !line.chain.empty()) continue;
+    // Of its own chain, then of its own type.
+    const int suits = 1 + 2 * (line.chain == chain) + (line.dtype == problem.dtype);
+    if (suits > most) best = line.kernel, most = suits;
   }
-  return plain;
+  return best;
 }
 
 }  // namespace tconv

@@ -414,6 +414,17 @@ TEST(Registered, AMeasuredChainGoesBeforeItsLayer) {
   EXPECT_EQ(config(" | bias relu"), config(""));
 }
 
+TEST(Registered, AMeasuredChoiceServesBoth16BitTypes) {
+  if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
+  const auto chosen = [](const std::string& type) {
+    const Plan made = make_plan(parse_problem("2d b8 c64>64 i1024x1024 t3x3 " + type), {}, known_device("h200"), {},
+                                kernels(Backend::cuda));
+    EXPECT_NE(explain(made).find("measured as the best"), std::string::npos) << type;
+    return std::string(made.steps.at(0).kernel->name) + to_string(made.steps.at(0).config);
+  };
+  EXPECT_EQ(chosen("f16"), chosen("bf16"));
+}
+
 TEST(Registered, APackedSourceComesInPieces) {
   if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
   auto workspace = [](const char* problem) {

@@ -393,11 +393,8 @@ void set_epilogue(const Problem& problem, const Epilogue& epilogue, const Config
     math += math_of(op.kind);
   }
   const bool half = size_of(stored) == 2 && g.num_live <= 2;
-  // What is known of a group's item, or 92 sums a thread and the turning of two phases, leave too few registers for a chain
-  // that is not short.
-  const bool spills =
-      half && ((math > 16 && problem.groups > 1) || (math > 24 && config.block_n > 136 && config.stages > 1 &&
-                                                     g.num_live == 2 && problem.layout == Layout::channels_last));
+  // What is known of a group's item, or 92 sums a thread, leave too few registers for a chain that is not short.
+  const bool spills = half && math > 16 && (problem.groups > 1 || (config.block_n > 136 && config.stages > 1));
   // Width phases without taps have no sums, but an epilogue.
   g.early_epilogue = g.num_live == g.width_phases && !tensors && !spills && (half || math > 0);
   g.half_sums = g.early_epilogue && half;
