@@ -384,17 +384,22 @@ void set_epilogue(const Problem& problem, const Epilogue& epilogue, const Config
   DType stored = epilogue.output_dtype.value_or(problem.dtype);
   double math = 0;
   bool tensors = false;  // operands with a value per element: where those lie is known to the storing warps
+  bool channels = false;
   for (const Op& op : epilogue.ops) {
     if (is_norm(op.kind)) {
       stored = problem.dtype;
       break;
     }
     tensors = tensors || operand_kind(op.kind) == OperandKind::tensor;
+    channels = channels || operand_kind(op.kind) == OperandKind::channel;
     math += math_of(op.kind);
   }
   const bool half = size_of(stored) == 2 && g.num_live <= 2;
-  // What is known of a group's item, or 92 sums a thread, leave too few registers for a chain that is not short.
-  const bool spills = half && math > 16 && (problem.groups > 1 || (config.block_n > 136 && config.stages > 1));
+  // The compiler begins the chain for all sums at once; where that is not short it runs out of registers (8 to 24 bytes
+  // spill) for groups and, with loading warps, for most runs of two phases, of channels innermost or with operands.
+  const bool simple = g.num_live == 1 && problem.layout == Layout::contiguous && !channels && config.block_n <= 120;
+  const bool few = config.block_n <= 64 && config.warps <= 20 && (config.split & kSplitRows) != 0;
+  const bool spills = half && math > 16 && (problem.groups > 1 || (config.stages > 1 && !simple && !few));
   // Width phases without taps have no sums, but an epilogue.
   g.early_epilogue = g.num_live == g.width_phases && !tensors && !spills && (half || math > 0);
   g.half_sums = g.early_epilogue && half;
