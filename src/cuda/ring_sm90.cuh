@@ -57,10 +57,7 @@ __device__ __forceinline__ void store_matrices(void* to, unsigned a, unsigned b,
 }
 // The same four from shared memory, turned.
 __device__ __forceinline__ void load_turned_matrices(const void* from, unsigned (&matrix)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
-               : "r"(shared_address(from))
-               : "memory");
+  load_turned_matrices(shared_address(from), matrix);
 }
 
 template <int kStages>

@@ -289,10 +289,7 @@ __device__ __forceinline__ unsigned long long units_descriptor(unsigned unit, un
 }
 // 16 rows of a product from units: each lane names one unit of its matrix of 8 positions by 8 channels.
 __device__ __forceinline__ void load_rows(unsigned (&rows)[4], unsigned unit) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(rows[0]), "=r"(rows[1]), "=r"(rows[2]), "=r"(rows[3])
-               : "r"(unit * 16)
-               : "memory");
+  load_turned_matrices(unit * 16, rows);
 }
 
 // Three warpgroups that multiply have 128 registers a thread like the warps that fill, of which sums take up to 96 and

@@ -24,6 +24,13 @@ __device__ __forceinline__ unsigned operand_word(const void* first, unsigned pla
 __device__ __forceinline__ unsigned long long operand_descriptor(unsigned low, unsigned high) {
   return static_cast<unsigned long long>(high) << 32 | low;
 }
+// Four matrices of 8 x 8 16-bit elements from shared memory, turned: a lane names a line of 16 bytes of one of them.
+__device__ __forceinline__ void load_turned_matrices(unsigned address, unsigned (&matrix)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(address)
+               : "memory");
+}
 // Orders register writes (sums, row fragments) before the products that read them.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
