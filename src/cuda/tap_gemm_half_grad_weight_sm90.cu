@@ -288,9 +288,7 @@ __device__ __forceinline__ unsigned long long units_descriptor(unsigned unit, un
   return (unit + (128u >> 4 << 16)) | (static_cast<unsigned long long>(pitch) << 32);
 }
 // 16 rows of a product from units: each lane names one unit of its matrix of 8 positions by 8 channels.
-__device__ __forceinline__ void load_rows(unsigned (&rows)[4], unsigned unit) {
-  load_turned_matrices(unit * 16, rows);
-}
+__device__ __forceinline__ void load_rows(unsigned (&rows)[4], unsigned unit) { load_turned_matrices(unit * 16, rows); }
 
 // Three warpgroups that multiply have 128 registers a thread like the warps that fill, of which sums take up to 96 and
 // loads under way 64; channels_last fills without registers and gives 24 away. Two have 192 for sums up to 130.
