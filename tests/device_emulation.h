@@ -135,6 +135,35 @@ inline void barrier_wait(unsigned long long* barrier, unsigned parity) {
   if (!at.flipped.wait_for(lock, std::chrono::seconds(60), [&] { return at.phase != parity; }))
     emulated_failure("waits for a barrier in vain");
 }
+// Numbered barriers
+struct EmulatedMeeting {
+  std::mutex mutex;
+  std::condition_variable over;
+  int come = 0;
+  unsigned meetings = 0;
+};
+static std::unique_ptr<EmulatedMeeting> emulated_meetings[16];
+template <int kThreads, bool kWaits>
+void emulated_meet(int barrier) {
+  EmulatedMeeting& at = *emulated_meetings[barrier];
+  std::unique_lock lock(at.mutex);
+  const unsigned before = at.meetings;
+  if (++at.come == kThreads) {
+    at.come = 0;
+    ++at.meetings;
+    at.over.notify_all();
+  }
+  if (kWaits && !at.over.wait_for(lock, std::chrono::seconds(60), [&] { return at.meetings != before; }))
+    emulated_failure("waits for a numbered barrier in vain");
+}
+template <int kThreads>
+void meet(int barrier) {
+  emulated_meet<kThreads, true>(barrier);
+}
+template <int kThreads>
+void come(int barrier) {
+  emulated_meet<kThreads, false>(barrier);
+}
 inline void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
   if (shared_address(to) % 16 != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)
     emulated_failure("alignment of a bulk copy");
@@ -378,6 +407,7 @@ void emulated_launch(unsigned blocks, int threads, int loaders, const Kernel& ke
     std::memset(emulated_memory, 0xff, sizeof emulated_memory);
     emulated_block = std::make_unique<std::barrier<>>(threads);
     emulated_loaders = std::make_unique<std::barrier<>>(loaders);
+    for (auto& meeting : emulated_meetings) meeting = std::make_unique<EmulatedMeeting>();
     for (auto& warp : emulated_warps) warp = std::make_unique<std::barrier<>>(32);
     std::vector<std::thread> running;
     for (int thread = 0; thread < threads; ++thread)

@@ -62,7 +62,8 @@ std::string on_host(std::string text) {
                            "wgmma_fence",    "wgmma_commit",    "wgmma_wait",        "wgmma_shared",
                            "wgmma_step",     "loaders_barrier", "to_tf32",           "fence_shared_for_wgmma",
                            "nearest",        "nearest_tf32",    "store_matrices",    "store_16",
-                           "take_registers", "give_registers",  "narrow_pair",       "load_turned_matrices"}) {
+                           "take_registers", "give_registers",  "narrow_pair",       "load_turned_matrices",
+                           "meet",           "come"}) {
     const std::string call = ' ' + std::string(name) + '(';
     for (std::size_t at = 0; (at = text.find(call, at)) != std::string::npos; ++at) {
       std::size_t begin = text.rfind('\n', at) + 1;
@@ -102,26 +103,36 @@ std::string list(const Dims& dims) {
   return std::to_string(dims[0]) + ',' + std::to_string(dims[1]) + ',' + std::to_string(dims[2]);
 }
 
+constexpr const char* kNarrowing =
+    "template <> float emulated_narrow<float>(float x) { return x; }\n"
+    "template <> f16_t emulated_narrow<f16_t>(float x) { return {emulated_f16_of(x)}; }\n"
+    "template <> bf16_t emulated_narrow<bf16_t>(float x) { return {emulated_bf16_of(x)}; }\n";
+
+std::string sizes(const Problem& problem, int offset) {
+  return "#define EMULATED_BATCH " + std::to_string(problem.batch) + "\n#define EMULATED_OFFSET " +
+         std::to_string(offset) + "\n#define EMULATED_INPUT " + list(problem.input) + "\n#define EMULATED_OUTPUT " +
+         list(output_size(problem)) + '\n';
+}
+
+std::string emulated_type(DType dtype) {
+  return std::string("EmulatedType::") + (dtype == DType::f32 ? "tf32" : dtype == DType::f16 ? "f16" : "bf16");
+}
+
 // The complete program of ring_gemm_sm90 on a problem: emulation, device source, weights' packing, main.
 std::string program(const Problem& problem, const Step& step, int offset) {
   const std::vector<Unit> units = step.kernel->units(step);
   const std::string kernel = on_host(cuda::program_text(units[0])), packing = on_host(cuda::program_text(units[1]));
-  const std::string type = problem.dtype == DType::f32 ? "tf32" : problem.dtype == DType::f16 ? "f16" : "bf16";
   std::ostringstream text;
   text << "#include \"device_emulation.h\"\n"
        << "inline void wgmma_shared(float (&sum)[" << definition(kernel, "RG_N") << " / 2], unsigned long long a, "
-       << "unsigned long long b, int accumulate) { emulated_wgmma(sum, a, b, accumulate != 0, EmulatedType::" << type
-       << "); }\n"
-       << kernel << "template <> float emulated_narrow<float>(float x) { return x; }\n"
-       << "template <> f16_t emulated_narrow<f16_t>(float x) { return {emulated_f16_of(x)}; }\n"
-       << "template <> bf16_t emulated_narrow<bf16_t>(float x) { return {emulated_bf16_of(x)}; }\n"
+       << "unsigned long long b, int accumulate) { emulated_wgmma(sum, a, b, accumulate != 0, "
+       << emulated_type(problem.dtype) << "); }\n"
+       << kernel << kNarrowing
        << "#define RG_ENTRY_TAP " << definition(packing, "RG_ENTRY_TAP") << "\n#define RG_ENTRY_PASS "
        << definition(packing, "RG_ENTRY_PASS") << "\n#define RG_ENTRY_COUNT " << definition(packing, "RG_ENTRY_COUNT")
        << "\n#define RG_PACK_SOURCE " << definition(packing, "RG_PACK_SOURCE") << "\nnamespace pack {\n"
        << packing.substr(packing.find("__constant__ int rg_entry_pass")) << "}\n"
-       << "#define EMULATED_BATCH " << problem.batch << "\n#define EMULATED_OFFSET " << offset
-       << "\n#define EMULATED_INPUT " << list(problem.input) << "\n#define EMULATED_OUTPUT "
-       << list(output_size(problem)) << "\n#include \"ring_gemm_emulation.h\"\n";
+       << sizes(problem, offset) << "#include \"ring_gemm_emulation.h\"\n";
   return text.str();
 }
 
@@ -132,9 +143,7 @@ std::string grad_weight_program(const Problem& problem, const Step& step, int of
   text << "#include \"device_emulation.h\"\n"
        << "inline void wgmma_step(float (&sum)[" << definition(kernel, "RW_N")
        << " / 2], const unsigned (&rows)[4], unsigned long long columns) { emulated_wgmma(sum, rows, columns); }\n"
-       << kernel << "#define EMULATED_BATCH " << problem.batch << "\n#define EMULATED_OFFSET " << offset
-       << "\n#define EMULATED_INPUT " << list(problem.input) << "\n#define EMULATED_OUTPUT "
-       << list(output_size(problem)) << "\n#include \"ring_gemm_grad_weight_emulation.h\"\n";
+       << kernel << sizes(problem, offset) << "#include \"ring_gemm_grad_weight_emulation.h\"\n";
   return text.str();
 }
 
@@ -142,16 +151,13 @@ std::string grad_weight_program(const Problem& problem, const Step& step, int of
 std::string box_program(const Problem& problem, const Step& step, int offset) {
   const std::vector<Unit> units = step.kernel->units(step);
   const std::string kernel = on_host(cuda::program_text(units[0]));
-  const std::string type = problem.dtype == DType::f32 ? "tf32" : problem.dtype == DType::f16 ? "f16" : "bf16";
   std::ostringstream text;
   text << "#include \"device_emulation.h\"\n"
        << "inline void wgmma_shared(float (&sum)[" << definition(kernel, "BW_N") << " * "
        << definition(kernel, "BW_COLUMNS") << " / 2], unsigned long long a, unsigned long long b, int accumulate) { "
-       << "emulated_wgmma(sum, a, b, accumulate != 0, EmulatedType::" << type << ", "
+       << "emulated_wgmma(sum, a, b, accumulate != 0, " << emulated_type(problem.dtype) << ", "
        << (definition(kernel, "BW_POSITIONS_INNER") == "1" ? "false" : "true") << "); }\n"
-       << kernel << "template <> float emulated_narrow<float>(float x) { return x; }\n"
-       << "template <> f16_t emulated_narrow<f16_t>(float x) { return {emulated_f16_of(x)}; }\n"
-       << "template <> bf16_t emulated_narrow<bf16_t>(float x) { return {emulated_bf16_of(x)}; }\n";
+       << kernel << kNarrowing;
   const std::string finish = on_host(cuda::program_text(units[1]));
   const bool by_fragments = units[1].entry == "box_gemm_finish";
   text << "#define EMULATED_BY_FRAGMENTS " << by_fragments << "\n#define TG_BOXES 1\n#define TG_BLOCK_FLOATS "
@@ -167,9 +173,7 @@ std::string box_program(const Problem& problem, const Step& step, int offset) {
       text << "#define " << name << ' ' << definition(packing, name) << '\n';
     text << "namespace pack {\n" << packing.substr(packing.find("struct PackSide")) << "}\n";
   }
-  text << "#define EMULATED_BATCH " << problem.batch << "\n#define EMULATED_OFFSET " << offset
-       << "\n#define EMULATED_INPUT " << list(problem.input) << "\n#define EMULATED_OUTPUT "
-       << list(output_size(problem)) << "\n#include \"box_gemm_grad_weight_emulation.h\"\n";
+  text << sizes(problem, offset) << "#include \"box_gemm_grad_weight_emulation.h\"\n";
   return text.str();
 }
 

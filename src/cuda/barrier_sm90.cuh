@@ -23,6 +23,15 @@ __device__ __forceinline__ void barrier_wait(unsigned long long* barrier, int pa
       "r"(parity)
       : "memory");
 }
+// Numbered barriers (0 is __syncthreads): kThreads of them meet, of which those that only come do not wait.
+template <int kThreads>
+__device__ __forceinline__ void meet(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ void come(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
 // Registers move from warps that fill to warps that multiply; each role is one branch of one if.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {

@@ -31,6 +31,8 @@ constexpr int kWeightWarp = 8 + RG_LOAD_WARPS;
 // Registers move between whole warpgroups, so with the copy engine two warps before the storing ones have nothing to do.
 constexpr int kFirstStorer = RG_TENSOR ? 12 : kWeightWarp + 1;
 constexpr int kThreads = 32 * kFirstStorer + kStorers * RG_STORE_GROUPS;
+// Sums change hands by numbered barriers, which count a warp at a time, not thread by thread as mbarriers. 1: the loaders'.
+constexpr int kHandOver = 128 + kStorers, kFullSums = 2, kEmptySums = 4;
 constexpr int kPerUnit = 16 / sizeof(storage_t);  // channels in 16 bytes
 constexpr int kUnits = RG_KC / 4;                 // planes per chunk; RG_KC counts 4-byte words
 constexpr int kSteps = RG_KC / 8;
@@ -420,7 +422,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
   extern __shared__ __align__(1024) uint4 shared[];
   __shared__ Barrier full[RG_STAGES], empty[RG_STAGES];  // positions
   __shared__ Barrier weights_full[RG_WEIGHT_STAGES], weights_empty[RG_WEIGHT_STAGES];
-  __shared__ Barrier sums_full[2], sums_empty[2];
   uint4* const tiles = shared;
   unsigned* const weights = reinterpret_cast<unsigned*>(shared + RG_STAGES * kStageUnits);
   stage_t* const sums = reinterpret_cast<stage_t*>(weights + RG_WEIGHT_STAGES * kWeightStageWords);
@@ -450,10 +451,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
 #if RG_ROWS
     for (int s = 0; s < RG_LOAD_WARPS * RG_RAW_SLOTS; ++s) barrier_init(arrived + s, 1);
 #endif
-    for (int w = 0; w < 2; ++w) {
-      barrier_init(sums_full + w, 128);
-      barrier_init(sums_empty + w, 128);
-    }
     barrier_init_done();
   }
   // Phases without taps hold zero, and nothing else writes them.
@@ -477,7 +474,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
 #else
     constexpr bool by_engine = false;
 #endif
-    unsigned sums_parity = 0;
+    bool handed_over = false;
     for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
       const Item item = locate(a, index);
       int last_pass = -1;
@@ -545,13 +542,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
 #endif
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          barrier_wait(sums_empty + warpgroup, sums_parity ^ 1);
+          if (handed_over) meet<kHandOver>(kEmptySums + warpgroup);
+          handed_over = true;
           store_sums(a, stage, sum, own, part, warp % 4, lane);
-          barrier_arrive(sums_full + warpgroup);
-          sums_parity ^= 1;
+          come<kHandOver>(kFullSums + warpgroup);
         }
       }
     }
+    if (handed_over) meet<kHandOver>(kEmptySums + warpgroup);
     return;
   }
   if (RG_TENSOR) give_registers<RG_STORE_GROUPS == 1 ? 96 : 80>();
@@ -587,7 +585,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
 #endif
   } else if (warp >= kFirstStorer) {  // store
     const int storer = (threadIdx.x - 32 * kFirstStorer) % kStorers;
-    unsigned parity = 0;
     for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
       const Item item = locate(a, index);
       for (int pass = item.pass_begin; pass < item.pass_end; ++pass) {
@@ -595,14 +592,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
         for (int part = 0; part < kParts; ++part) {
           for (int warpgroup = RG_STORE_GROUPS == 2 ? (warp - kFirstStorer) / 4 : 0; warpgroup < 2;
                warpgroup += RG_STORE_GROUPS) {
-            if (taps) barrier_wait(sums_full + warpgroup, parity);
+            if (taps) meet<kHandOver>(kFullSums + warpgroup);
             if (taps)
               store_run<true>(a, item, pass, part, warpgroup, sums + warpgroup * RG_SUM_WORDS, storer);
             else
               store_run<false>(a, item, pass, part, warpgroup, nullptr, storer);
-            if (taps) barrier_arrive(sums_empty + warpgroup);
+            if (taps) come<kHandOver>(kEmptySums + warpgroup);
           }
-          if (taps) parity ^= 1;
         }
       }
     }

@@ -133,8 +133,9 @@ struct GradTile {
 
 // 2 load
 #if TCONV_CHANNELS_LAST
-// Units lie in memory as they are staged. A warp takes a row, its lanes the channels of neighbouring positions. The
-// pieces of a line go to different planes, so each is fetched as a sector and written alone, and L2 is the limit.
+// Units lie in memory as they are staged. A warp takes a row, its lanes the channels of neighbouring positions; where all
+// residues are staged, neighbours go to different planes, otherwise a plane is filled after the other and positions are
+// a stride apart. Each unit is fetched as a sector and written alone, and L2 is the limit.
 // Through registers, 17 loads of 16 bytes a thread, filling is faster (0.32 instead of 0.35 ms for 3x3 taps of 64 x 64
 // channels at 2^21 positions on an H100), but the whole slower (0.43 instead of 0.38), and 2.0 times as slow for 32
 // channels.
@@ -142,8 +143,13 @@ template <typename Tile>
 __device__ __forceinline__ void load_tile(uint4* stage, const Tile& tile, const Place& at, int thread) {
   constexpr int kPixel = Tile::kChannels * TCONV_GROUPS;
   constexpr int kLanes = TG_LANES(Tile::kGroups), kStep = 32 / kLanes;  // a power of two of lanes for the channels
-  constexpr int kWhole = Tile::kLength / kStep;
+  constexpr bool kTogether = Tile::kPlanes == Tile::kStride && kStep % Tile::kStride == 0;
+  constexpr int kTurns = kTogether ? 1 : Tile::kPlanes;
+  constexpr int kApart = kTogether ? 1 : Tile::kStride;                         // positions of neighbouring lanes
+  constexpr int kUnitsApart = kStep * kApart / Tile::kStride;                   // units of a lane's neighbouring positions
+  constexpr int kColumns = kTogether ? Tile::kWindow : Tile::kLength, kWhole = kColumns / kStep;
   const int lane = thread % 32, first = lane / kLanes, w0 = tile.first_column(at);
+  const int own_unit = kTogether ? Tile::plane_of(first % Tile::kStride) * Tile::kLength + first / Tile::kStride : first;
   const storage_t* tensor = tile.tensor + at.b * tile.plane * kPixel;
 #pragma unroll 1
   for (int row = thread / 32; row < Tile::kRows; row += kTeamWarps) {
@@ -152,11 +158,11 @@ __device__ __forceinline__ void load_tile(uint4* stage, const Tile& tile, const 
     for (int group = lane % kLanes; group < Tile::kGroups; group += kLanes) {
       const bool there = offset >= 0 && group * 8 < tile.channels;
 #pragma unroll 1
-      for (int plane = 0; plane < Tile::kPlanes; ++plane) {
-        int w = w0 + Tile::residue_of(plane) + first * Tile::kStride;
+      for (int turn = 0; turn < kTurns; ++turn) {
+        int w = w0 + (kTogether ? 0 : Tile::residue_of(turn)) + first * kApart;
         const storage_t* from = tensor + (offset + w) * kPixel + group * 8;
         uint4* unit =
-            stage + Tile::kOffset + group * Tile::kPitch + (row * Tile::kPlanes + plane) * Tile::kLength + first;
+            stage + Tile::kOffset + group * Tile::kPitch + (row * Tile::kPlanes + turn) * Tile::kLength + own_unit;
         auto one = [&]() {
           const bool inside = there && (unsigned)w < (unsigned)tile.width;
           if (Tile::kChannels % 8 == 0 && tile.wide) {
@@ -168,13 +174,13 @@ __device__ __forceinline__ void load_tile(uint4* stage, const Tile& tile, const 
               if (inside && group * 8 + c < tile.channels) word[c / 2] |= word_of(from[c]) << (c % 2 * 16);
             *unit = make_uint4(word[0], word[1], word[2], word[3]);
           }
-          w += kStep * Tile::kStride;
-          from += kStep * Tile::kStride * kPixel;
-          unit += kStep;
+          w += kStep * kApart;
+          from += kStep * kApart * kPixel;
+          unit += kUnitsApart;
         };
 #pragma unroll(Tile::kChannels % 8 == 0 ? 8 : 1)
         for (int i = 0; i < kWhole; ++i) one();
-        if (first < Tile::kLength - kWhole * kStep) one();
+        if (first < kColumns - kWhole * kStep) one();
       }
     }
   }
