@@ -56,14 +56,36 @@ std::string on_host(std::string text) {
       const std::size_t open = at + std::string(start).size() - 1;
       text.replace(at, text.find(';', behind(text, open, '(', ')')) + 1 - at, ";");
     }
-  for (const char* name : {"shared_address", "barrier_init",    "barrier_init_done", "barrier_arrive",
-                           "barrier_expect", "barrier_wait",    "copy_bulk",         "copy_box",
-                           "copy_async",     "copy_part",       "copy_async_commit", "copy_async_wait",
-                           "wgmma_fence",    "wgmma_commit",    "wgmma_wait",        "wgmma_shared",
-                           "wgmma_step",     "loaders_barrier", "to_tf32",           "fence_shared_for_wgmma",
-                           "nearest",        "nearest_tf32",    "store_matrices",    "store_16",
-                           "take_registers", "give_registers",  "narrow_pair",       "load_turned_matrices",
-                           "meet",           "come"}) {
+  for (const char* name : {"shared_address",
+                           "barrier_init",
+                           "barrier_init_done",
+                           "barrier_arrive",
+                           "barrier_expect",
+                           "barrier_wait",
+                           "copy_bulk",
+                           "copy_box",
+                           "copy_async",
+                           "copy_part",
+                           "copy_async_commit",
+                           "copy_async_wait",
+                           "wgmma_fence",
+                           "wgmma_commit",
+                           "wgmma_wait",
+                           "wgmma_shared",
+                           "wgmma_step",
+                           "loaders_barrier",
+                           "to_tf32",
+                           "fence_shared_for_wgmma",
+                           "nearest",
+                           "nearest_tf32",
+                           "store_matrices",
+                           "store_16",
+                           "take_registers",
+                           "give_registers",
+                           "narrow_pair",
+                           "load_turned_matrices",
+                           "meet",
+                           "come"}) {
     const std::string call = ' ' + std::string(name) + '(';
     for (std::size_t at = 0; (at = text.find(call, at)) != std::string::npos; ++at) {
       std::size_t begin = text.rfind('\n', at) + 1;
@@ -127,10 +149,10 @@ std::string program(const Problem& problem, const Step& step, int offset) {
        << "inline void wgmma_shared(float (&sum)[" << definition(kernel, "RG_N") << " / 2], unsigned long long a, "
        << "unsigned long long b, int accumulate) { emulated_wgmma(sum, a, b, accumulate != 0, "
        << emulated_type(problem.dtype) << "); }\n"
-       << kernel << kNarrowing
-       << "#define RG_ENTRY_TAP " << definition(packing, "RG_ENTRY_TAP") << "\n#define RG_ENTRY_PASS "
-       << definition(packing, "RG_ENTRY_PASS") << "\n#define RG_ENTRY_COUNT " << definition(packing, "RG_ENTRY_COUNT")
-       << "\n#define RG_PACK_SOURCE " << definition(packing, "RG_PACK_SOURCE") << "\nnamespace pack {\n"
+       << kernel << kNarrowing << "#define RG_ENTRY_TAP " << definition(packing, "RG_ENTRY_TAP")
+       << "\n#define RG_ENTRY_PASS " << definition(packing, "RG_ENTRY_PASS") << "\n#define RG_ENTRY_COUNT "
+       << definition(packing, "RG_ENTRY_COUNT") << "\n#define RG_PACK_SOURCE " << definition(packing, "RG_PACK_SOURCE")
+       << "\nnamespace pack {\n"
        << packing.substr(packing.find("__constant__ int rg_entry_pass")) << "}\n"
        << sizes(problem, offset) << "#include \"ring_gemm_emulation.h\"\n";
   return text.str();

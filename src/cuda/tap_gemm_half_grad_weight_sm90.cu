@@ -145,11 +145,12 @@ __device__ __forceinline__ void load_tile(uint4* stage, const Tile& tile, const 
   constexpr int kLanes = TG_LANES(Tile::kGroups), kStep = 32 / kLanes;  // a power of two of lanes for the channels
   constexpr bool kTogether = Tile::kPlanes == Tile::kStride && kStep % Tile::kStride == 0;
   constexpr int kTurns = kTogether ? 1 : Tile::kPlanes;
-  constexpr int kApart = kTogether ? 1 : Tile::kStride;                         // positions of neighbouring lanes
-  constexpr int kUnitsApart = kStep * kApart / Tile::kStride;                   // units of a lane's neighbouring positions
+  constexpr int kApart = kTogether ? 1 : Tile::kStride;        // positions of neighbouring lanes
+  constexpr int kUnitsApart = kStep * kApart / Tile::kStride;  // units of a lane's neighbouring positions
   constexpr int kColumns = kTogether ? Tile::kWindow : Tile::kLength, kWhole = kColumns / kStep;
   const int lane = thread % 32, first = lane / kLanes, w0 = tile.first_column(at);
-  const int own_unit = kTogether ? Tile::plane_of(first % Tile::kStride) * Tile::kLength + first / Tile::kStride : first;
+  const int own_unit =
+      kTogether ? Tile::plane_of(first % Tile::kStride) * Tile::kLength + first / Tile::kStride : first;
   const storage_t* tensor = tile.tensor + at.b * tile.plane * kPixel;
 #pragma unroll 1
   for (int row = thread / 32; row < Tile::kRows; row += kTeamWarps) {
