@@ -203,11 +203,10 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   g.n_blocks = static_cast<int>(ceil_div(g.n, config.block_n));
 
   // The tile shape that moves the fewest words: lines of 8 to 256 positions, then rows, then planes.
-  // Partial lines of fewer than 32 words waste store and load slots; fp32 rows that do not begin on sectors share one at
-  // either end of a line (see cost_of in ring_geometry.cpp), 16-bit ones were no quicker with longer lines.
+  // fp32 rows that do not begin on sectors share one at either end of a line (see cost_of in ring_geometry.cpp); a line that
+  // holds the whole row is worth more input. Shorter ones were not, and in 16 bits none was.
   const bool shares_sectors = problem.layout == Layout::contiguous && problem.dtype == DType::f32 &&
                               (g.forward ? output_size(problem) : problem.input)[2] * 4 % 32 != 0;
-  const double line = shares_sectors ? 32.0 : 4.0;
   double best = std::numeric_limits<double>::max();
   for (int tw = 8; tw <= std::min(config.block_m, 256); tw *= 2)
     for (int th = 1; th * tw <= config.block_m; th *= 2) {
@@ -226,8 +225,9 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
       const int64_t pitch = ceil_div(positions - 8, 32) * 32 + 8;
       const std::size_t shared = static_cast<std::size_t>(config.stages) * config.block_k * pitch * 4;
       if (shared + 1024 > device.shared_memory_per_block) continue;
-      const double cost =
-          static_cast<double>(tiles) * (2.0 * config.block_m + static_cast<double>(positions)) * (1.0 + line / tw);
+      // Partial lines of fewer than 32 words waste store and load slots.
+      const double cost = static_cast<double>(tiles) * (2.0 * config.block_m + static_cast<double>(positions)) *
+                          (1.0 + 4.0 / tw) * (shares_sectors && tw < g.lattice[2] ? 1.2 : 1.0);
       if (cost < best) {
         best = cost;
         g.tile[0] = td, g.tile[1] = th, g.tile[2] = tw;

@@ -23,7 +23,8 @@ constexpr int kMostElementStride = 8;                    // of the copy engine
 constexpr int64_t kRawBytes = 28672, kMostRawSlots = 4;  // rows under way, see ring_gemm_rows_sm90.cuh
 constexpr int64_t kMostBox = 256;                        // positions along a side
 constexpr int64_t kMostElements = int64_t{1} << 31;      // offsets within an image are 32-bit
-constexpr double kPieceCycles = 15.0;                    // for a piece of a row that shares its sectors
+// For a piece of a row that shares its sectors; where the copy engine stages tiles, fewer rows cost more than they save.
+constexpr double kPieceCycles = 15.0, kPieceCyclesTensor = 5.0;
 
 }  // namespace
 
@@ -219,7 +220,7 @@ Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& con
   // and L2 takes longer for a part of a sector than for whole ones: a kernel that only writes 1 GB of rows of 255 fp32
   // results takes 0.37, 0.43 and 0.62 ms on an H200 in pieces of 255, 128 and 64, and 0.26 with rows of 256.
   if (!last && g.result_size[2] * (narrow ? 2 : 4) % 32 != 0)
-    cost.store += kPieceCycles * 2.0 * g.th * g.channels * passes * share;
+    cost.store += (g.tensor ? kPieceCyclesTensor : kPieceCycles) * 2.0 * g.th * g.channels * passes * share;
   return cost;
 }
 
