@@ -4,18 +4,41 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <tuple>
+#include "emulation_data.h"
 
-#include "emulation_reference.h"
+namespace {
+
+float value_of(float x) { return x; }
+float value_of(f16_t x) { return emulated_f16(x.bits); }
+float value_of(bf16_t x) { return emulated_bf16(x.bits); }
+void assign(float& to, float x) { to = x; }
+void assign(f16_t& to, float x) { to.bits = emulated_f16_of(x); }
+void assign(bf16_t& to, float x) { to.bits = emulated_bf16_of(x); }
+
+}  // namespace
 
 int main() {
-  const bool last = TCONV_CHANNELS_LAST, images = TCONV_RANK == 1;
-  const Convolution given(RG_FORWARD);
-  const auto& [x, bias, operand, y, w] = std::tie(given.x, given.bias, given.operand, given.y, given.w);
-  const long long batch = given.batch, source_plane = given.source_plane, result_plane = given.result_plane;
-  const long long* const source = given.source();
-  const long long* const result = given.result();
-  const int source_channels = given.source_channels, result_channels = given.result_channels;
+  const long long batch = EMULATED_BATCH, input[3] = {EMULATED_INPUT}, output[3] = {EMULATED_OUTPUT};
+  const int kernel[3] = {TCONV_K0, TCONV_K1, TCONV_K2}, stride[3] = {TCONV_S0, TCONV_S1, TCONV_S2};
+  const int padding[3] = {TCONV_P0, TCONV_P1, TCONV_P2}, dilation[3] = {TCONV_D0, TCONV_D1, TCONV_D2};
+  const bool forward = RG_FORWARD, last = TCONV_CHANNELS_LAST, images = TCONV_RANK == 1;
+  const long long* const source = forward ? input : output;
+  const long long* const result = forward ? output : input;
+  const int source_channels = (forward ? TCONV_CI : TCONV_CO) * TCONV_GROUPS;
+  const int result_channels = (forward ? TCONV_CO : TCONV_CI) * TCONV_GROUPS;
+  const long long source_plane = source[0] * source[1] * source[2], result_plane = result[0] * result[1] * result[2];
+  const long long weights = static_cast<long long>(TCONV_CI) * TCONV_GROUPS * TCONV_CO * RG_NUM_TAPS;
+
+  Buffer<storage_t> x(batch * source_channels * source_plane), bias(result_channels);
+  Buffer<operand_t> operand(result_channels);  // of an operation with a value per channel
+  Buffer<output_t> y(batch * result_channels * result_plane);
+  std::vector<storage_t> w(static_cast<std::size_t>(weights));
+  for (long long i = 0; i < batch * source_channels * source_plane; ++i) assign(x.first[i], small_number());
+  for (storage_t& weight : w) assign(weight, small_number());
+  for (int c = 0; c < result_channels; ++c) {
+    assign(bias.first[c], c % 7 - 3);
+    assign(operand.first[c], c % 5 - 2);
+  }
 
   RingGemmArgs a{};
   a.source = x.first, a.bias = bias.first, a.result = y.first, a.operands.at[0] = operand.first;
@@ -94,5 +117,45 @@ int main() {
       last ? to % 16 == 0 && RG_N_CHANNELS % kWide == 0 && RG_CHANNELS % kWide == 0 : to % 4 == 0 && result[2] % 2 == 0;
   emulated_launch(std::min(2u, a.items), kThreads, kLoaders, [&] { ring_gemm(a); });
 
-  return given.compare(a.operands) != 0;
+  auto at = [&](const long long* size, int channels, long long b, long long c, long long d, long long h, long long v) {
+    return last ? (((b * size[0] + d) * size[1] + h) * size[2] + v) * channels + c
+                : (((b * channels + c) * size[0] + d) * size[1] + h) * size[2] + v;
+  };
+  long long differ = 0;
+  for (long long index = 0; index < batch * result_channels * result_plane; ++index) {
+    long long rest = index;
+    const long long where[3] = {rest / (result[1] * result[2]) % result[0], rest / result[2] % result[1],
+                                rest % result[2]};
+    rest /= result_plane;
+    const int c = static_cast<int>(rest % result_channels);
+    const long long b = rest / result_channels;
+    const int group = c / (result_channels / TCONV_GROUPS);
+    float sum = TCONV_BIAS ? value_of(bias.first[c]) : 0.f;
+    for (int tap = 0; tap < RG_NUM_TAPS; ++tap) {
+      const int t[3] = {tap / (kernel[1] * kernel[2]), tap / kernel[2] % kernel[1], tap % kernel[2]};
+      long long q[3];
+      bool inside = true;
+      for (int dim = 0; dim < 3; ++dim) {
+        const long long offset = static_cast<long long>(dilation[dim]) * t[dim] - padding[dim];
+        const long long reached = forward ? where[dim] - offset : where[dim] * stride[dim] + offset;
+        q[dim] = forward ? reached / stride[dim] : reached;
+        inside = inside && reached >= 0 && (!forward || reached % stride[dim] == 0) && q[dim] < source[dim];
+      }
+      if (!inside) continue;
+      for (int k = 0; k < source_channels / TCONV_GROUPS; ++k) {
+        const long long ci = forward ? group * TCONV_CI + k : c, co = forward ? c % TCONV_CO : k;
+        sum += value_of(w[static_cast<std::size_t>((ci * TCONV_CO + co) * RG_NUM_TAPS + tap)]) *
+               value_of(x.first[at(source, source_channels, b, group * (source_channels / TCONV_GROUPS) + k, q[0], q[1],
+                                   q[2])]);
+      }
+    }
+    output_t rounded;
+    assign(rounded, tconv_epilogue<float>(sum, c, 0, a.operands));
+    const float got = value_of(y.first[at(result, result_channels, b, c, where[0], where[1], where[2])]);
+    if (!(got == value_of(rounded)) && differ++ < 3)
+      std::printf("[b=%lld, c=%d, %lld, %lld, %lld]: got %g, expected %g\n", b, c, where[0], where[1], where[2], got,
+                  value_of(rounded));
+  }
+  std::printf("%lld of %lld differ\n", differ, batch * result_channels * result_plane);
+  return differ != 0;
 }

@@ -217,8 +217,7 @@ Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& con
   cost.store = results * (result + math / (narrow && last ? 130.0 : 90.0)) * (wide ? 1.0 : 1.12) +
                576.0 * passes * share * ceil_div(g.columns, g.part);
   // Where rows of contiguous results do not begin on sectors of 32 bytes, every piece of a row shares one at either end,
-  // and L2 takes longer for a part of a sector than for whole ones: a kernel that only writes 1 GB of rows of 255 fp32
-  // results takes 0.37, 0.43 and 0.62 ms on an H200 in pieces of 255, 128 and 64, and 0.26 with rows of 256.
+  // and L2 takes longer for a part of a sector than for whole ones.
   if (!last && g.result_size[2] * (narrow ? 2 : 4) % 32 != 0)
     cost.store += (g.tensor ? kPieceCyclesTensor : kPieceCycles) * 2.0 * g.th * g.channels * passes * share;
   return cost;
