@@ -27,6 +27,7 @@
 #include "measured.h"
 #include "memory.h"
 #include "planner.h"
+#include "simplify.h"
 
 namespace tconv::bench {
 namespace {
@@ -45,10 +46,12 @@ options
   --problems FILE    one problem a line, after those on the command line; # starts a comment
   --device NAME      cpu, cuda, cuda:1 (this machine), or for plan and compile one of h200 a100 cpu_avx512_bf16
                      cpu_avx512 cpu_avx2 cpu_portable. Default: cpu; check also runs on cuda when there is one
-  --only NAME        a kernel, or kernel:config
+  --only NAME        a kernel, or kernel:config, where it has a choice with its tile and stages of weights: config,t2x64,b4
   --arch ARCH        compile: sm_80, sm_90a ... Default: that of the device
   --chosen           check, compile: only what the planner chooses, not every kernel and config that fits
   --top N            tune, compile: only the N configs of each kernel with the lowest predicted cost. Default of tune: 6
+  --tiles N          tune, compile: with --top, the N tiles of each of those configs with the lowest predicted cost, where
+                     the kernel has a choice. Default: 1
   --out FILE         tune: where to write the lines of a measured_<device>.def table; TCONV_MEASURED=FILE uses them
   --jobs N           compile: how many at once. Default: all cores
   --reduce PRODUCTS  check, compile: shrink batch and sizes until a problem has about so many multiply-adds
@@ -62,7 +65,7 @@ struct Options {
   std::string command, device, only, arch, out;
   std::vector<std::string> problems;
   double reduce = 0;
-  int jobs = 0, runs = 0, threads = 0, top = 0;
+  int jobs = 0, runs = 0, threads = 0, top = 0, tiles = 1;
   std::uint64_t seed = 0;
   bool have_seed = false, chosen = false, non_finite = false;
 };
@@ -126,6 +129,8 @@ Options parse_options(int argc, char** argv) {
       options.jobs = parse_number(argument, value, 1);
     } else if (argument == "--top") {
       options.top = parse_number(argument, value, 1);
+    } else if (argument == "--tiles") {
+      options.tiles = parse_number(argument, value, 1);
     } else if (argument == "--out") {
       options.out = value;
     } else if (argument == "--reduce") {
@@ -336,9 +341,10 @@ int run_time(const Options& options) {
 }
 
 // kernel:config of the `top` cheapest configs of each kernel (or of `only`) by prediction, at most two of one tile (four
-// where more than 8 are asked for); none that is predicted to take over 12 times the cheapest.
+// where more than 8 are asked for), and of those the cheapest `most_tiles` tiles; none that is predicted to take over 12
+// times the cheapest.
 std::vector<std::string> top_candidates(const Problem& problem, const Epilogue& epilogue, const Device& device, int top,
-                                        const std::string& only) {
+                                        int most_tiles, const std::string& only) {
   const Plan plan = make_plan(problem, epilogue, device, {}, kernels(device.backend));
   std::vector<const Candidate*> fitting;
   for (const Candidate& candidate : plan.candidates)
@@ -357,6 +363,12 @@ std::vector<std::string> top_candidates(const Problem& problem, const Epilogue& 
     ++of_tile[tile];
     ++of_kernel[candidate->kernel];
     names.push_back(candidate->kernel + ":" + to_string(candidate->config));
+    for (const Kernel* kernel : kernels(device.backend)) {
+      if (kernel->name != candidate->kernel || kernel->tiles == nullptr || most_tiles == 1) continue;
+      std::vector<Config> tiles = kernel->tiles(simplify(problem, epilogue), epilogue, device, candidate->config);
+      tiles.resize(std::min(tiles.size(), static_cast<std::size_t>(most_tiles - 1)));
+      for (const Config& tile : tiles) names.push_back(candidate->kernel + ":" + to_string(tile));
+    }
   }
   return names;
 }
@@ -375,7 +387,7 @@ int run_tune(const Options& options) {
   for (std::size_t index = 0; index < options.problems.size(); ++index) {
     const auto [problem, epilogue] = parse_problem_and_epilogue(options.problems[index]);
     const std::vector<std::string> names =
-        top_candidates(problem, epilogue, device, options.top > 0 ? options.top : 6, options.only);
+        top_candidates(problem, epilogue, device, options.top > 0 ? options.top : 6, options.tiles, options.only);
     if (names.empty()) continue;
     RandomTensors tensors(problem, epilogue, device);
     std::printf("[%zu/%zu] %s\n", index + 1, options.problems.size(), to_string(problem, epilogue).c_str());
@@ -425,7 +437,7 @@ int run_compile(const Options& options) {
     if (options.chosen) {
       names.push_back(options.only);
     } else if (options.top > 0) {
-      names = top_candidates(problem, epilogue, device, options.top, options.only);
+      names = top_candidates(problem, epilogue, device, options.top, options.tiles, options.only);
     } else {
       for (const Kernel* kernel : kernels(Backend::cuda)) {
         for (const Config& config : kernel->configs) {

@@ -32,6 +32,9 @@ struct Kernel {
   void (*prepare)(Step&);
   // Takes no decision. `tensors.workspace` is the step's own; operands start at the step's first.
   void (*launch)(const Step&, const Tensors&, Stream);
+  // The config with each tile that it can have for this problem beside the one that it has by its price, the lowest price
+  // first: for `tconv tune`, because the price cannot tell them well apart. Null where a config has one tile.
+  std::vector<Config> (*tiles)(const Problem&, const Epilogue&, const Device&, const Config&) = nullptr;
 };
 
 std::span<const Kernel* const> kernels(Backend backend);

@@ -96,16 +96,36 @@ Step make_step(const Choice& choice, const Problem& problem, Epilogue epilogue, 
   return step;
 }
 
-// "name" or "name:config"; empty admits all.
+// "name" or "name:config"; empty admits all. A config may state its tile, which the kernels' lists leave open.
 struct Filter {
   std::string_view name, config;
+  Config tile;
   explicit Filter(std::string_view only) {
     const std::size_t colon = only.find(':');
     name = only.substr(0, colon);
-    if (colon != std::string_view::npos) config = only.substr(colon + 1);
+    if (colon == std::string_view::npos) return;
+    config = only.substr(colon + 1);
+    for (std::size_t comma; (comma = config.rfind(',')) != std::string_view::npos;) {
+      const char *at = config.data() + comma + 1, *const end = config.data() + config.size();
+      const char letter = at == end ? ' ' : *at++;
+      if (letter == 't') {
+        at = std::from_chars(at, end, tile.tile_h).ptr;
+        if (at != end && *at == 'x') at = std::from_chars(at + 1, end, tile.tile_w).ptr;
+      } else if (letter == 'b') {
+        at = std::from_chars(at, end, tile.weight_stages).ptr;
+      }
+      const int least = letter == 't' ? std::min(tile.tile_h, tile.tile_w) : letter == 'b' ? tile.weight_stages : 0;
+      if (at != end || least < 1) break;
+      config = config.substr(0, comma);
+    }
   }
   bool admits(const Kernel& kernel) const { return name.empty() || name == kernel.name; }
-  bool admits(const Config& tile) const { return config.empty() || config == to_string(tile); }
+  bool admits(const Config& listed) const { return config.empty() || config == to_string(listed); }
+  bool has_tile() const { return tile != Config{}; }
+  Config with_tile(Config listed) const {
+    listed.tile_h = tile.tile_h, listed.tile_w = tile.tile_w, listed.weight_stages = tile.weight_stages;
+    return listed;
+  }
 };
 
 // Plans in which the convolution (or the one epilogue step) is chosen among all kernels.
@@ -126,7 +146,10 @@ class Planner {
     for (const Kernel* kernel : kernels_) {
       if (!filter_.admits(*kernel)) continue;
       for (const Config& config : kernel->configs) {
-        if (filter_.admits(config)) consider(*kernel, config);
+        if (!filter_.admits(config)) continue;
+        const bool measured = !measured_.name.empty() && measured_.admits(*kernel) && measured_.admits(config);
+        consider(*kernel, filter_.with_tile(config), measured && !measured_.has_tile());
+        if (measured && measured_.has_tile()) consider(*kernel, measured_.with_tile(config), true);
       }
     }
     if (best_ < 0) refuse();
@@ -177,9 +200,13 @@ class Planner {
 
   bool converts() const { return plan_.epilogue.output_dtype && *plan_.epilogue.output_dtype != plan_.problem.dtype; }
 
-  void consider(const Kernel& kernel, const Config& config) {
+  void consider(const Kernel& kernel, const Config& config, bool measured) {
     Epilogue offered = offer();
-    Fit fit = kernel.fit(simple_, offered, plan_.device, config);
+    Fit fit;
+    if (kernel.tiles == nullptr && (config.tile_w || config.tile_h || config.weight_stages))
+      fit.refusal = "its configs have one tile";
+    else
+      fit = kernel.fit(simple_, offered, plan_.device, config);
     if (!fit && offered.output_dtype && converts()) {
       // A kernel that cannot store another dtype still does the rest; finish converts.
       offered.output_dtype.reset();
@@ -193,7 +220,7 @@ class Planner {
         candidate.fit.fused_ops = 0;
       }
       candidate.fit.microseconds = price.microseconds;
-      candidate.measured = !measured_.name.empty() && measured_.admits(kernel) && measured_.admits(config);
+      candidate.measured = measured;
       if (candidate.measured || (!is_measured_ && price.microseconds < price_.microseconds)) {
         is_measured_ = candidate.measured;
         price_ = std::move(price);
@@ -453,6 +480,8 @@ std::string to_string(const Config& config) {
     if (!text.empty()) text += ',';
     text += letter + std::to_string(value);
   }
+  if (config.tile_w > 0) text += ",t" + std::to_string(config.tile_h) + "x" + std::to_string(config.tile_w);
+  if (config.weight_stages > 0) text += ",b" + std::to_string(config.weight_stages);
   return text.empty() ? "default" : text;
 }
 

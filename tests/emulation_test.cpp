@@ -275,6 +275,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"2d c32>40 i9x21 t3x3 s2 tf32 | bias add_channel", "64x64x16,s3,w20"},
                     Case{"2d c32>40 i9x21 t3x3 s3 tf32 channels_last | bias add_channel", "64x64x16,s3,w20"},
                     Case{"2d c32>40 i9x21 t2x2 s3 f16 | bias add_channel", "64x64x16,s3,w20"},
+                    // a tile that the config states
+                    Case{"3d c32>32 i2x3x64 t3x3x3 s2 p1 tf32", "64x64x16,s7,w24,t2x64,b4"},
                     // two row blocks at the same positions; the last one alone
                     Case{"2d c32>160 i9x20 t3x3 tf32 | bias", "64x120x16,s3,w20,k2"},
                     // the copy engine: as the tensor is, from a copy, gathered, stepped, in parts

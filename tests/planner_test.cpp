@@ -425,6 +425,74 @@ TEST(Registered, AMeasuredChoiceServesBoth16BitTypes) {
   EXPECT_EQ(chosen("f16"), chosen("bf16"));
 }
 
+TEST(Registered, AConfigMayStateItsTile) {
+  if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
+  const Problem problem = parse_problem("3d b4 c32>32 i32x64x128 t3x3x3 s2 p1 tf32");
+  const auto made = [&](const std::string& only) {
+    return make_plan(problem, {}, known_device("h200"), only, kernels(Backend::cuda));
+  };
+  const auto refusal = [&](const std::string& only) {
+    try {
+      made(only);
+    } catch (const std::exception& error) {
+      return std::string(error.what());
+    }
+    return std::string("none");
+  };
+  const Plan stated = made("ring_gemm_sm90:64x64x16,s7,w24,t1x128,b4");
+  ASSERT_EQ(stated.candidates.size(), 1u);
+  EXPECT_EQ(to_string(stated.steps.at(0).config), "64x64x16,s7,w24,t1x128,b4");
+  EXPECT_EQ(stated.steps.at(0).config.tile_h, 1);
+  EXPECT_EQ(stated.steps.at(0).config.tile_w, 128);
+  EXPECT_EQ(stated.steps.at(0).config.weight_stages, 4);
+  // The program is another one.
+  const auto program = [](const Plan& plan) { return plan.steps.at(0).kernel->units(plan.steps.at(0)).at(0).prelude; };
+  EXPECT_NE(program(stated), program(made("ring_gemm_sm90:64x64x16,s7,w24")));
+  EXPECT_NE(program(stated), program(made("ring_gemm_sm90:64x64x16,s7,w24,t1x128")));
+
+  // A measured line with a tile goes before the prices and stands beside the config without it.
+  const Plan chosen = made("");
+  EXPECT_NE(explain(chosen).find("measured as the best"), std::string::npos);
+  EXPECT_GT(chosen.steps.at(0).config.tile_w, 0);
+
+  EXPECT_NE(refusal("ring_gemm_sm90:64x64x16,s7,w24,t1x300").find("that tile does not fit"), std::string::npos);
+  EXPECT_NE(refusal("phase_gemm_sm80:128x32x32,s1,w4,t1x24").find("that tile does not fit"), std::string::npos);
+  EXPECT_NE(refusal("gather:2x8,w4,t1x128").find("its configs have one tile"), std::string::npos);
+  for (const char* end : {",t1", ",t0x64", ",tx64", ",t1x64x", ",b", ",b0", ",t-1x64", ",t1x64,k1"})
+    EXPECT_NE(refusal(std::string("ring_gemm_sm90:64x64x16,s7,w24") + end).find("no kernel is named"),
+              std::string::npos)
+        << end;
+}
+
+// The tiles that `tconv tune` times beside a config's own: each fits and no two are the same.
+TEST(Registered, TilesOfAConfigFit) {
+  const Device device = known_device("h200");
+  int kernels_with_tiles = 0;
+  for (const Kernel* kernel : kernels(Backend::cuda)) {
+    if (kernel->tiles == nullptr) continue;
+    ++kernels_with_tiles;
+    for (const char* text :
+         {"3d b4 c32>32 i32x64x128 t3x3x3 s2 p1 tf32", "2d b2 g4 c32>64 i33x47 t3x5 f16 channels_last",
+          "1d b5 c64>32 i60 t16 s8 p4 f16", "2d c24>40 i15x24 t3x3 s2 p1 op1 grad_input tf32"}) {
+      const Problem problem = parse_problem(text);
+      std::size_t found = 0;
+      for (const Config& config : kernel->configs) {
+        const std::vector<Config> tiles = kernel->tiles(problem, {}, device, config);
+        found += tiles.size();
+        std::set<std::string> names;
+        for (const Config& tile : tiles) {
+          names.insert(to_string(tile));
+          EXPECT_TRUE(kernel->fit(problem, {}, device, tile)) << text << ' ' << to_string(tile);
+        }
+        EXPECT_EQ(names.size(), tiles.size()) << text << ' ' << to_string(config);
+      }
+      EXPECT_GT(found, 0u) << text;
+    }
+  }
+  if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
+  EXPECT_EQ(kernels_with_tiles, 2);
+}
+
 TEST(Registered, APackedSourceComesInPieces) {
   if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
   auto workspace = [](const char* problem) {

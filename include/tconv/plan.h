@@ -25,6 +25,10 @@ struct Config {
   int stages = 0;
   int warps = 0;
   int split = 0;
+  // 0: what the price prefers. Rows and columns of a block's positions; stages of weights on their way.
+  int tile_h = 0;
+  int tile_w = 0;
+  int weight_stages = 0;
 
   friend bool operator==(const Config&, const Config&) = default;
 };

@@ -213,6 +213,7 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
       const int td = config.block_m / (tw * th);
       if (tw == 8 && th == 1 && td == 1) continue;
       if (tw == 8 && th == 1) continue;  // a line of 16 spans two rows of the same plane
+      if (config.tile_w > 0 && (tw != config.tile_w || th != config.tile_h)) continue;
       const int64_t tiles = ceil_div(g.lattice[0], td) * ceil_div(g.lattice[1], th) * ceil_div(g.lattice[2], tw);
       const int64_t extent_d = int64_t{g.source_step[0]} * (td - 1) + 1,
                     extent_h = int64_t{g.source_step[1]} * (th - 1) + 1;
@@ -236,7 +237,8 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
         g.pitch = static_cast<int>(std::max<int64_t>(pitch, 8));
       }
     }
-  if (best == std::numeric_limits<double>::max()) return refuse("no tile fits shared memory");
+  if (best == std::numeric_limits<double>::max())
+    return refuse(config.tile_w > 0 ? "that tile does not fit" : "no tile fits shared memory");
   for (int dim = 0; dim < 3; ++dim) g.tiles[dim] = std::max<int64_t>(1, ceil_div(g.lattice[dim], g.tile[dim]));
   const int row_words = static_cast<int>(g.columns.base.size()) * g.columns.length;
   g.half = g.tile[2] >= 16 ? 8 : g.rows[1].step * row_words;
@@ -426,6 +428,23 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   return fit;
 }
 
+std::vector<Config> tiles(const Problem& problem, const Epilogue& epilogue, const Device& device,
+                          const Config& config) {
+  const Geometry own = geometry(problem, device, config, layer_geometry(problem));
+  std::multimap<double, Config> by_price;
+  for (int tw = 8; tw <= config.block_m; tw *= 2)
+    for (int th = 1; th * tw <= config.block_m; th *= 2) {
+      Config with_tile = config;
+      with_tile.tile_h = th, with_tile.tile_w = tw;
+      if (own.refusal.empty() && own.tile[1] == th && own.tile[2] == tw) continue;
+      if (const Fit priced = fit(problem, epilogue, device, with_tile))
+        by_price.emplace(priced.microseconds, with_tile);
+    }
+  std::vector<Config> found;
+  for (const auto& [price, with_tile] : by_price) found.push_back(with_tile);
+  return found;
+}
+
 std::vector<Unit> units(const Step& step) {
   const Problem& problem = step.problem;
   const Config& config = step.config;
@@ -570,6 +589,6 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
 }  // namespace
 
 extern const Kernel phase_gemm_sm80;
-const Kernel phase_gemm_sm80{"phase_gemm_sm80", kConfigs, fit, units, prepare_launch, launch_step};
+const Kernel phase_gemm_sm80{"phase_gemm_sm80", kConfigs, fit, units, prepare_launch, launch_step, tiles};
 
 }  // namespace tconv::cuda

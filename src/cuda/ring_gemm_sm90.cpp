@@ -121,6 +121,11 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
   return fit;
 }
 
+std::vector<Config> tiles_of(const Problem& problem, const Epilogue& epilogue, const Device& device,
+                             const Config& config) {
+  return tiles(problem, epilogue, device, config, layer_geometry(problem, fold_of(config)));
+}
+
 std::vector<Unit> units(const Step& step) {
   const Problem& problem = step.problem;
   const Config& config = step.config;
@@ -431,6 +436,6 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
 }  // namespace
 
 extern const Kernel ring_gemm_sm90;
-const Kernel ring_gemm_sm90{"ring_gemm_sm90", kConfigs, fit, units, prepare_launch, launch_step};
+const Kernel ring_gemm_sm90{"ring_gemm_sm90", kConfigs, fit, units, prepare_launch, launch_step, tiles_of};
 
 }  // namespace tconv::cuda

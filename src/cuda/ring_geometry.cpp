@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <set>
 
 #include "finish_prelude.h"
 
@@ -18,7 +19,7 @@ constexpr int kMaxWidthPhases = 16;
 constexpr int kMaxTaps = 4096;           // tables in constant memory
 constexpr int kMaxStages = 4;            // of positions
 constexpr int kWeightStageBytes = 8192;  // of one row block
-constexpr int kLeastWeightStages = 3, kMostWeightStages = 8, kMostStayingStages = 40;
+constexpr int kFewWeightStages = 4, kLeastWeightStages = 3, kMostWeightStages = 8, kMostStayingStages = 40;
 constexpr int kMostElementStride = 8;                    // of the copy engine
 constexpr int64_t kRawBytes = 28672, kMostRawSlots = 4;  // rows under way, see ring_gemm_rows_sm90.cuh
 constexpr int64_t kMostBox = 256;                        // positions along a side
@@ -138,7 +139,8 @@ Geometry layer_geometry(const Problem& problem, int fold) {
 namespace {
 
 // A fixed set, so that images of changing size share a few specialisations; the last ones fill a run to the end.
-std::vector<int> tile_widths(int block_n, int halo) {
+std::vector<int> tile_widths(const Config& config, const Geometry& g) {
+  const int block_n = config.block_n, halo = columns_of(8, g.source_step[2], g.shifts).length - 8;
   std::vector<int> widths;
   for (int tw = 8; tw <= block_n; tw += tw < 64 ? 4 : 8) widths.push_back(tw);
   for (int run : {32, 64, 128, block_n}) widths.push_back(run - halo);
@@ -311,7 +313,7 @@ bool lay_out(const Problem& problem, const Device& device, const Config& config,
   const int wanted = std::clamp(2 + static_cast<int>(std::ceil(kWeightLatency / group_cycles(config, g))),
                                 kLeastWeightStages, kMostWeightStages);
   const int64_t limit = static_cast<int64_t>(device.shared_memory_per_block) - kStaticBytes - fixed;
-  // Parts of the sums, stages of weights (0: all stay), in the order of preference.
+  // Parts of the sums, stages of weights (0: all stay), in the order of preference, unless the config states the stages.
   const std::pair<int, int> choices[] = {{1, 0},
                                          {1, wanted},
                                          {2, 0},
@@ -320,11 +322,13 @@ bool lay_out(const Problem& problem, const Device& device, const Config& config,
                                          {2, kLeastWeightStages},
                                          {4, kLeastWeightStages}};
   for (const auto& [parts, stages] : choices) {
-    if (stages == 0 && !may_stay) continue;
+    if (stages == 0 && (!may_stay || config.weight_stages > 0)) continue;
     g.part = static_cast<int>(ceil_div(ceil_div(g.columns, 8), parts) * 8);
     lay_out_sums(problem, g);
     g.weights_stay = stages == 0;
-    g.weight_stages = g.weights_stay ? static_cast<int>(all_weights) : stages;
+    g.weight_stages = g.weights_stay             ? static_cast<int>(all_weights)
+                      : config.weight_stages > 0 ? config.weight_stages
+                                                 : stages;
     const int64_t used = g.weight_stages * weight_stage + int64_t{8} * g.sum_words;
     const int64_t fitting = (limit - used) / stage_bytes;
     if (used > limit || fitting < 2) continue;
@@ -413,8 +417,11 @@ void set_epilogue(const Problem& problem, const Epilogue& epilogue, const Config
 
 }  // namespace
 
-Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
-                  const Geometry& layer) {
+namespace {
+
+// What a config makes of a layer, without its tile; or a refusal.
+Geometry config_geometry(const Problem& problem, const Epilogue& epilogue, const Config& config,
+                         const Geometry& layer) {
   Geometry g = layer;
   if (!g.refusal.empty()) return g;
   auto refuse = [&](std::string why) {
@@ -441,35 +448,86 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
   if (size_of(problem.dtype) == 4 && config.stages == 3 && config.block_k < 32) g.rows = false;
   g.entries_per_stage = std::clamp(kWeightStageBytes / (config.block_k * 256), 1, g.most_entries);
   g.staged[0] = columns_of(1, g.source_step[0], g.offset[0]);
-  double best = std::numeric_limits<double>::max();
-  const Geometry base = g;
-  const int halo = columns_of(8, g.source_step[2], g.shifts).length - 8;
-  for (int beside = 0; beside < (g.row_groups == 2 ? 1 : 2); ++beside)  // runs above each other, or side by side
-    for (int tw : tile_widths(config.block_n, halo)) {
+  return g;
+}
+
+// visit(geometry, cost) for every tile of these widths that fits shared memory, or for the one that the config states.
+template <typename Visit>
+void each_tile(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
+               const Geometry& base, const std::vector<int>& widths, Visit visit) {
+  for (int beside = 0; beside < (base.row_groups == 2 ? 1 : 2); ++beside)  // runs above each other, or side by side
+    for (int tw : config.tile_w > 0 ? std::vector<int>{config.tile_w >> beside} : widths) {
       if (tw < 4 || tw > config.block_n) continue;
-      if (tw > 8 && tw / 2 >= g.lattice[2]) continue;
-      const Columns columns = columns_of(beside ? 2 * tw : tw, g.source_step[2], g.shifts);
+      if (tw > 8 && tw / 2 >= base.lattice[2]) continue;
+      const int all_columns = beside ? 2 * tw : tw;
+      if (config.tile_w > 0 && all_columns != config.tile_w) continue;
+      const Columns columns = columns_of(all_columns, base.source_step[2], base.shifts);
       const int most = (config.block_n - tw) / columns.length + 1;
-      const int groups_high = beside || g.row_groups == 2 ? 1 : 2;
-      const int wanted = static_cast<int>(std::min<int64_t>(most, ceil_div(g.lattice[1], groups_high)));
-      for (int th : {most, wanted}) {
-        if (th < 1 || th > 256) continue;
+      const int groups_high = beside || base.row_groups == 2 ? 1 : 2;
+      const int wanted = static_cast<int>(std::min<int64_t>(most, ceil_div(base.lattice[1], groups_high)));
+      const int stated = config.tile_h % groups_high == 0 ? config.tile_h / groups_high : 0;
+      for (int th : config.tile_w > 0 ? std::vector<int>{stated} : std::vector<int>{most, wanted}) {
+        if (th < 1 || th > std::min(most, 256)) continue;
         Geometry t = base;
         t.staged[2] = columns;
         if (!set_tile(problem, th, tw, groups_high, t) || !lay_out(problem, device, config, t)) continue;
         t.tiles[0] = std::max<int64_t>(1, t.lattice[0]);
         t.tiles[1] = std::max<int64_t>(1, ceil_div(t.lattice[1], th * groups_high));
-        t.tiles[2] = std::max<int64_t>(1, ceil_div(t.lattice[2], beside ? 2 * tw : tw));
-        const double cost = static_cast<double>(ceil_div(num_items(problem, config, t), device.multiprocessors)) *
-                            cost_of(problem, epilogue, config, t).total();
-        if (cost < best) {
-          best = cost;
-          g = t;
-        }
+        t.tiles[2] = std::max<int64_t>(1, ceil_div(t.lattice[2], all_columns));
+        visit(t, static_cast<double>(ceil_div(num_items(problem, config, t), device.multiprocessors)) *
+                     cost_of(problem, epilogue, config, t).total());
       }
     }
-  if (best == std::numeric_limits<double>::max()) return refuse("no tile fits shared memory");
+}
+
+int tile_height(const Geometry& g) { return g.group_rows ? 2 * g.th : g.th; }
+int tile_width(const Geometry& g) { return g.group_columns ? 2 * g.tw : g.tw; }
+
+}  // namespace
+
+Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
+                  const Geometry& layer) {
+  Geometry g = config_geometry(problem, epilogue, config, layer);
+  if (!g.refusal.empty()) return g;
+  double best = std::numeric_limits<double>::max();
+  const Geometry base = g;
+  each_tile(problem, epilogue, device, config, base, tile_widths(config, base), [&](const Geometry& tile, double cost) {
+    if (cost >= best) return;
+    best = cost;
+    g = tile;
+  });
+  if (best == std::numeric_limits<double>::max())
+    g.refusal = config.tile_w > 0 ? "that tile does not fit" : "no tile fits shared memory";
   return g;
+}
+
+std::vector<Config> tiles(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
+                          const Geometry& layer) {
+  std::vector<Config> found;
+  const Geometry base = config_geometry(problem, epilogue, config, layer);
+  if (!base.refusal.empty()) return found;
+  std::vector<int> widths = tile_widths(config, base);
+  for (int pieces = 1; pieces <= 16; ++pieces) widths.push_back(static_cast<int>(ceil_div(base.lattice[2], pieces)));
+  std::multimap<double, Geometry> by_cost;
+  each_tile(problem, epilogue, device, config, base, widths,
+            [&](const Geometry& tile, double cost) { by_cost.emplace(cost, tile); });
+  const Geometry own = geometry(problem, epilogue, device, config, layer);
+  const auto is_own = [&](const Geometry& g) {
+    return g.th == own.th && g.tw == own.tw && g.group_rows == own.group_rows;
+  };
+  std::set<std::pair<int, int>> seen;
+  for (const auto& [cost, g] : by_cost) {
+    Config with_tile = config;
+    with_tile.tile_h = tile_height(g), with_tile.tile_w = tile_width(g);
+    if (!seen.emplace(with_tile.tile_h, with_tile.tile_w).second) continue;
+    if (!is_own(g)) found.push_back(with_tile);
+    if (g.weights_stay || g.weight_stages <= kFewWeightStages) continue;
+    // Fewer weights on their way where that leaves room for more positions.
+    with_tile.weight_stages = kFewWeightStages;
+    const Geometry few = geometry(problem, epilogue, device, with_tile, layer);
+    if (few.refusal.empty() && (few.stages > g.stages || few.resident != g.resident)) found.push_back(with_tile);
+  }
+  return found;
 }
 
 }  // namespace tconv::cuda::ring

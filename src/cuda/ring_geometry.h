@@ -67,6 +67,9 @@ Geometry layer_geometry(const Problem& problem, int fold);
 // The tile of a config with the lowest cost, and how it lies in shared memory; or a refusal.
 Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
                   const Geometry& layer);
+// See Kernel::tiles.
+std::vector<Config> tiles(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
+                          const Geometry& layer);
 bool splits_passes(const Config& config);
 int64_t num_items(const Problem& problem, const Config& config, const Geometry& g);
 // The staged rows of a dimension, relative to the tile's first position: the lowest and the highest.
