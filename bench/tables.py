@@ -61,8 +61,10 @@ def mean(values: list[float]) -> float:
 
 
 def name_of(row: Row) -> str:
-    reduced = f" (batch {row['batch']} of {row['full_batch']})" if row["batch"] != row["full_batch"] else ""
-    return row["name"] + reduced
+    parts = [f"batch {row['batch']} of {row['full_batch']}"] if row["batch"] != row["full_batch"] else []
+    if row.get("input") != row.get("full_input"):
+        parts.append("x".join(map(str, row["input"])) + " of " + "x".join(map(str, row["full_input"])))
+    return row["name"] + (f" ({', '.join(parts)})" if parts else "")
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

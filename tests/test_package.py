@@ -5,19 +5,21 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import math
 import os
 import pkgutil
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import tconv
-from tconv import _C
+from tconv import _C, problems
 from tconv.__main__ import _directions, check, main
 
 KERNELBENCH = Path(__file__).resolve().parent.parent / "examples" / "kernelbench"
@@ -33,6 +35,17 @@ def test_docstring_examples(name: str) -> None:
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
+
+
+def test_reduced_problems_say_what_they_were() -> None:
+    whole = problems.parse("layer", "2d b8 c64>64 i1024x512 t3x3")
+    small = problems.reduced(whole, 4e9, 1e9, sizes=True)
+    assert small.flops() <= 1e9 < 2 * small.flops()
+    assert (small.batch, small.full_batch, small.full_input) == (1, 8, (1024, 512))
+    assert all(n in (whole.input[i] >> by for by in range(8)) for i, n in enumerate(small.input))
+    assert problems.reduced(whole, 4e9, 1e9) == replace(whole, batch=1, full_batch=8)  # sizes stay
+    assert problems.reduced(whole, 1e12, math.inf, sizes=True) == whole
+    assert problems.reduced(whole, 4e9, 1.0, sizes=True).input == (8, 8)  # no further
 
 
 def test_public_names_have_docstrings_with_examples() -> None:

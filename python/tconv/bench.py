@@ -566,7 +566,8 @@ def measure(case: Case, direction: str, clock: Clock, ceilings: dict[str, float]
         "name": shape.name, "seed": shape.seed or None, "dtype": case.dtype, "layout": case.layout,
         "direction": direction, "problem": shape.string(case.dtype, case.layout, tf32=False)
         + (f" | {shape.chain()}" if shape.chain() else ""),
-        "batch": shape.batch, "full_batch": shape.full_batch or shape.batch, **check,
+        "batch": shape.batch, "full_batch": shape.full_batch or shape.batch,
+        "input": list(shape.input), "full_input": list(shape.full_input or shape.input), **check,
         "ok": ok, "first_call_ms": round(first_call_ms, 2),
     }  # fmt: skip
     if errors:
@@ -622,6 +623,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         name = row["name"] + (f" b{row['batch']}" if row["batch"] != row["full_batch"] else "")
+        name += f" i{'x'.join(map(str, row['input']))}" if row["input"] != row["full_input"] else ""
         kind = row["dtype"] + (" cl" if row["layout"] == "channels_last" else "")
         kernel = row["kernels"][0].split(":")[0] if row["kernels"] else "-"
         wrong = "" if row["ok"] else f" WRONG {row['relative_l2']:.1e}"
@@ -654,13 +656,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def jobs(shapes: Sequence[Shape], arguments: argparse.Namespace) -> list[tuple[Shape, str, str, str]]:
+def jobs(shapes: dict[str, list[Shape]], arguments: argparse.Namespace) -> list[tuple[Shape, str, str, str]]:
     """What to measure, the most wanted first: fp32 forward of every problem, then fp32 gradients, then 16 bits."""
     listed = []
     layouts = arguments.layouts.split(",")
     for dtype in arguments.dtypes.split(","):
         for direction in arguments.directions.split(","):
-            for shape in shapes:
+            for shape in shapes[dtype]:
                 for layout in layouts if dtype in ("f16", "bf16") else layouts[:1]:
                     if (direction == "train") != bool(shape.ops) and direction != "forward":
                         continue  # gradients of plain layers on their own, those of chains as a whole step
@@ -693,7 +695,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ieee", action="store_true", help="time PyTorch without TF32 too")
     parser.add_argument("--compile", action="store_true", help="time torch.compile on chains too")
     parser.add_argument("--regret", action="store_true", help="time every kernel and config that fits")
-    parser.add_argument("--full-batch", action="store_true", help="never reduce the batch")
+    parser.add_argument("--full-batch", action="store_true", help="never reduce the batch or sizes")
     parser.add_argument(
         "--workers", type=int, default=min(12, os.cpu_count() or 1), help="compile ahead on CUDA; 0: no"
     )
@@ -720,13 +722,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = [s for s in shapes if wanted.search(f"{s.name} {s.seed} {s.string(tf32=False)} | {s.chain()}")]
     if not shapes:
         parser.error(f"no problem matches --filter {arguments.filter!r}")
+    sized = {dtype: shapes for dtype in arguments.dtypes.split(",")}
     if not arguments.full_batch:
         room = torch.cuda.mem_get_info(device)[0] * 0.8 if on_cuda else min(resident_available() * 0.5, 3e9)
-        shapes = [reduced(s, room, math.inf if on_cuda else 1.6e11) for s in shapes]
+        for dtype in sized:
+            # Where the processor has no bfloat16 instructions, PyTorch takes half a second for 1e9 operations.
+            slow = not on_cuda and dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            most = math.inf if on_cuda else 1e9 if slow else 1.6e11
+            sized[dtype] = [reduced(s, room, most, sizes=slow) for s in shapes]
 
     begin = time.perf_counter()
     load = [round(os.getloadavg()[0], 2)]
-    listed = jobs(shapes, arguments)
+    listed = jobs(sized, arguments)
     if on_cuda and arguments.workers:
         progress(f"bench: compiling ahead in {arguments.workers} processes")
         progress(f"bench: compiled in {compile_ahead(listed, device, arguments.workers):.0f} s\n")

@@ -36,6 +36,7 @@ class Shape:
     ops: tuple[tuple[str, tuple[str, ...]], ...]
     seed: str = ""
     full_batch: int = 0  # the batch that the problem names, where it had to be reduced
+    full_input: tuple[int, ...] = ()  # and the sizes
 
     def output(self) -> tuple[int, ...]:
         return tuple(
@@ -109,8 +110,12 @@ def named() -> list[Shape]:
     return [parse(row["name"], row["problem"], row.get("seed", "")) for row in table["problems"]]
 
 
-def reduced(shape: Shape, available_bytes: float, most_flops: float) -> Shape:
-    """The same problem with the largest batch (a power of two below its own) that fits memory and patience."""
+def reduced(shape: Shape, available_bytes: float, most_flops: float, *, sizes: bool = False) -> Shape:
+    """The same problem with the largest batch (a power of two below its own) that fits memory and patience.
+
+    With `sizes`, one image that takes more than `most_flops` is halved along its longest side until it does not, or has
+    no side of 16.
+    """
     batch = shape.batch
     while batch > 1:
         at = replace(shape, batch=batch)
@@ -119,4 +124,10 @@ def reduced(shape: Shape, available_bytes: float, most_flops: float) -> Shape:
         if 4 * (4 * x + 4 * w + 5 * y) <= available_bytes and at.flops() <= most_flops:
             break
         batch = 1 << ((batch - 1).bit_length() - 1)
-    return replace(shape, batch=batch, full_batch=shape.batch) if batch != shape.batch else shape
+    small = replace(shape, batch=batch)
+    while sizes and small.flops() > most_flops and max(small.input) >= 16:
+        longest = small.input.index(max(small.input))
+        small = replace(small, input=tuple(n // 2 if i == longest else n for i, n in enumerate(small.input)))
+    if batch != shape.batch:
+        small = replace(small, full_batch=shape.batch)
+    return replace(small, full_input=shape.input) if small.input != shape.input else small
