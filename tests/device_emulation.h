@@ -69,6 +69,10 @@ To emulated_bits(From from) {
   std::memcpy(&to, &from, sizeof to);
   return to;
 }
+template <typename T>
+inline T __ldcs(const T* from) {
+  return *from;
+}
 inline unsigned __float_as_uint(float x) { return emulated_bits<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return emulated_bits<float>(x); }
 inline float __int_as_float(int x) { return emulated_bits<float>(x); }

@@ -4,7 +4,7 @@
 //           source_packed[image][group][position][channel]
 // Method    the first blocks of the grid take the weights, the others a run of positions by a chunk of channels of the
 //           source, through shared memory, so that both sides are read and written in whole sectors. Of the weights, a block
-//           takes up to four units of channels of one row block through all entries, a thread a word of each: the taps of a
+//           takes the units of channels of one chunk and row block through all entries, a thread a word of each: the taps of a
 //           weight lie side by side and are all read while their sectors are in L1, and each entry is written as whole
 //           lines. An entry (shift) has a tap for some of the width phases, zero for the others. Both parts are bound by
 //           what they have under way: 32 bytes a thread and more.
@@ -25,6 +25,13 @@ struct SourcePack {
   int pairs;                      // contiguous 16-bit: two neighbouring positions are one aligned word
   unsigned blocks;                // images x groups x tiles x chunks
 };
+
+// What is not read again makes room in L2 for the copy, which is.
+__device__ __forceinline__ float read_once(const float* at) { return __ldcs(at); }
+template <typename T>
+__device__ __forceinline__ T read_once(const T* at) {
+  return {__ldcs(&at->bits)};
+}
 
 constexpr int kSourceUnits = RG_KC / 4, kPerUnit = 16 / sizeof(storage_t);
 constexpr int kTile = 512 / kSourceUnits;  // two units of channels a thread
@@ -51,11 +58,11 @@ __device__ __forceinline__ void turn_source(const SourcePack& a, const storage_t
       const storage_t* at = from + (kChannelStep ? p * a.inner + k : k * a.inner + p);
       const bool exists = k0 + k < RG_K;
       if constexpr (kWide == 2) {
-        const unsigned word = exists && p < left ? *reinterpret_cast<const unsigned*>(at) : 0u;
+        const unsigned word = exists && p < left ? __ldcs(reinterpret_cast<const unsigned*>(at)) : 0u;
         item[n][0][e].bits = static_cast<unsigned short>(word);
         item[n][1][e].bits = static_cast<unsigned short>(word >> 16);
       } else {
-        item[n][0][e] = exists && p < left ? *at : storage_t();
+        item[n][0][e] = exists && p < left ? read_once(at) : storage_t();
       }
     }
   }
@@ -123,33 +130,34 @@ extern "C" __global__ void __launch_bounds__(256, sizeof(storage_t) == 4 ? 6 : 4
 #else
   const unsigned weight_grid = gridDim.x;
 #endif
-  constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1, kUnits = RG_KC / 4, kAtOnce = kUnits < 4 ? kUnits : 4;
-  constexpr int kEntries = RG_NUM_ENTRIES < 4 ? RG_NUM_ENTRIES : 4;  // read before any is written
+  constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1, kUnits = RG_KC / 4;
+  // Read before any is written, as registers allow.
+  constexpr int kMost = kUnits < 8 ? 4 : 2;
+  constexpr int kEntries = RG_NUM_ENTRIES < kMost ? RG_NUM_ENTRIES : kMost;
   const int row = threadIdx.x / 4, channel = RG_ROW_CHANNEL(row), live = RG_ROW_LIVE(row);
   for (unsigned index = blockIdx.x; index < blocks; index += weight_grid) {
-    const int unit0 = index % (kUnits / kAtOnce) * kAtOnce, chunk = index / (kUnits / kAtOnce) % RG_CHUNKS;
-    const unsigned block = index / (kUnits / kAtOnce * RG_CHUNKS);
+    const int chunk = index % RG_CHUNKS;
+    const unsigned block = index / RG_CHUNKS;
     const int row_block = block % RG_ROW_BLOCKS, group = block / RG_ROW_BLOCKS;
     const int n = row_block * RG_CHANNELS + channel;
-    const int k0 = (chunk * RG_KC + unit0 * 4 + threadIdx.x % 4) * kPerWord;
+    const int k0 = (chunk * RG_KC + threadIdx.x % 4) * kPerWord;
     const bool exists = channel < RG_CHANNELS && n < RG_N_CHANNELS;
     const long long ci = RG_FORWARD ? k0 : n, co = RG_FORWARD ? n : k0;
     const long long next_k = RG_FORWARD ? TCONV_CO * RG_NUM_TAPS : weight_last ? 1 : RG_NUM_TAPS;
     const storage_t* const first =
         weight + weight_element<TCONV_CO, RG_NUM_TAPS>(weight_last, group * (long long)TCONV_CI + ci, co, 0);
     const int next_tap = weight_last ? TCONV_CO : 1;
-    unsigned* const to =
-        packed + (long long)block * (RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64) + unit0 * 256 + threadIdx.x;
+    unsigned* const to = packed + (long long)block * (RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64) + threadIdx.x;
 #pragma unroll 1
     for (int entry0 = 0; entry0 < RG_NUM_ENTRIES; entry0 += kEntries) {
-      storage_t element[kEntries][kAtOnce][kPerWord];
+      storage_t element[kEntries][kUnits][kPerWord];
 #pragma unroll
       for (int e = 0; e < kEntries; ++e) {
         const int entry = entry0 + e;
         const int tap =
             RG_NUM_ENTRIES % kEntries == 0 || entry < RG_NUM_ENTRIES ? rg_entry_tap[entry * RG_NUM_LIVE + live] : -1;
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u)
+        for (int u = 0; u < kUnits; ++u)
 #pragma unroll
           for (int w = 0; w < kPerWord; ++w) {
             const int past = u * 4 * kPerWord + w;
@@ -165,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(256, sizeof(storage_t) == 4 ? 6 : 4
         unsigned* const at =
             to + (long long)(begin * (RG_CHUNKS - 1) + chunk * rg_entry_count[entry] + entry) * (kUnits * 256);
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
+        for (int u = 0; u < kUnits; ++u) {
 #if TCONV_DTYPE_f32
           at[u * 256] = to_tf32(widen(element[e][u][0]));
 #else
