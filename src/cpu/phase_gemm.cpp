@@ -312,10 +312,11 @@ void multiply(const PhaseGemmTask& task, const Place& place, const Buffers<S>& b
     });
 }
 
-// Interleaves the width phases of a block of result channels, applies the operations and stores the rows.
+// Interleaves the width phases of a block of result channels, applies the operations and stores the rows; all rows like
+// the first where they are the same.
 template <class S>
 void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers, int64_t sample, int64_t m0,
-                 int block, int64_t phase_d, int64_t phase_h) {
+                 int block, int64_t phase_d, int64_t phase_h, bool same) {
   const int64_t channels = task.groups * task.m, c0 = place.g * task.m + m0, step = task.result_step[2];
   const int64_t positions = task.result_size[0] * task.result_size[1] * task.result_size[2];
   const int64_t column = step * place.q0[2], b = place.b + sample;
@@ -328,11 +329,15 @@ void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>
       if (rh >= task.result_size[1]) break;
       const int64_t position = (rd * task.result_size[1] + rh) * task.result_size[2] + column;
       for (int m = 0; m < block; ++m) {
-        const S* from = buffers.sums + m * buffers.sums_pitch + sample * task.sample_pitch +
-                        (d * task.plane[1] + h) * task.plane[2];
+        const int64_t first = sample * task.sample_pitch + (d * task.plane[1] + h) * task.plane[2];
+        const S* from = buffers.sums + m * buffers.sums_pitch + (same ? 0 : first);
         S* row = buffers.rows + m * buffers.row_pitch;
         const int64_t start = (b * channels + c0 + m) * positions + position;
-        if (task.num_ops == 0 && task.layout == Layout::contiguous) {
+        if (same && d + h > 0) {
+          if (task.layout == Layout::contiguous) store_row(row, task.result, task.result_dtype, start, width);
+          continue;
+        }
+        if (task.num_ops == 0 && task.layout == Layout::contiguous && !same) {
           store_phases(from, block * buffers.sums_pitch, step, width, row, task.result, task.result_dtype, start);
           continue;
         }
@@ -406,25 +411,40 @@ void run_slabs(const PhaseGemmTask& task, const Place& place, const Buffers<S>& 
     Buffers<S> of_block = buffers;
     of_block.sums += (m - place.m0) * buffers.sums_pitch;
     for (int64_t sample = 0; sample < place.samples; ++sample)
-      store_block(task, place, of_block, sample, m, static_cast<int>(block), 0, 0);
+      store_block(task, place, of_block, sample, m, static_cast<int>(block), 0, 0, false);
   }
+}
+
+// The first row of a phase without taps, where the stride and the dilation have a common factor.
+template <class S>
+void fill_row(const PhaseGemmTask& task, const Place& place, int64_t m0, int block, S* sums, int64_t pitch) {
+  const S* bias = task.bias ? static_cast<const S*>(task.bias) + place.g * task.m + m0 : nullptr;
+  for (int m = 0; m < block; ++m)
+    for (int64_t x = 0; x < place.n[2]; x += kLanes<S>) store(sums + m * pitch + x, splat(bias ? bias[m] : S(0)));
 }
 
 template <class S>
 void run_group(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers) {
   if (task.slab < task.rows) return run_slabs(task, place, buffers);
   stage_samples(task, place, buffers);
+  bool tensors = false;  // an operand for every element
+  for (int i = 0; i < task.num_ops; ++i) tensors |= task.ops[i].operand == OperandKind::tensor;
   const int64_t* step = task.result_step;
   for (int64_t m0 = place.m0; m0 < place.m1;) {
     const int block = block_of(place.m1 - m0);
     for (int64_t phase_d = 0; phase_d < step[0]; ++phase_d)
       for (int64_t phase_h = 0; phase_h < step[1]; ++phase_h) {
-        for (int64_t phase_w = 0; phase_w < step[2]; ++phase_w)
-          multiply(task, place, buffers, 0, task.rows, m0, m0 + block,
-                   static_cast<int>((phase_d * step[1] + phase_h) * step[2] + phase_w),
-                   buffers.sums + phase_w * block * buffers.sums_pitch);
+        const int64_t phase = (phase_d * step[1] + phase_h) * step[2];
+        const bool same = task.phase_taps[phase] == task.phase_taps[phase + step[2]] && !tensors;
+        for (int64_t phase_w = 0; phase_w < step[2]; ++phase_w) {
+          S* sums = buffers.sums + phase_w * block * buffers.sums_pitch;
+          if (!same)
+            multiply(task, place, buffers, 0, task.rows, m0, m0 + block, static_cast<int>(phase + phase_w), sums);
+          else
+            fill_row(task, place, m0, block, sums, buffers.sums_pitch);
+        }
         for (int64_t sample = 0; sample < place.samples; ++sample)
-          store_block(task, place, buffers, sample, m0, block, phase_d, phase_h);
+          store_block(task, place, buffers, sample, m0, block, phase_d, phase_h, same);
       }
     m0 += block;
   }
