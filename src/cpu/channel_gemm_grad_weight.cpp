@@ -407,19 +407,17 @@ void merge_typed(const ChannelGradWeightTask& task, int64_t item, void* result) 
     for (int64_t t0 = 0; t0 < taps; t0 += kTaps) {
       const int64_t n = min_of(kTaps, taps - t0), inner = v == 0 ? block : lanes, outer = v == 0 ? lanes : block;
       const int64_t pitch = inner * n + kLanes<S>;
+      const S* from = partial + (c0 * taps + t0 * block) * kLanes<S>;
+      Doubles totals[kTaps * kSumsBlock];  // part by part: the same sum of all parts lies in one set of the cache
+      for (int64_t i = 0; i < n * block; ++i) totals[i] = Doubles{};
+      for (int64_t part = 0; part < task.parts && task.parts > 1; ++part)
+        for (int64_t i = 0; i < n * block; ++i)
+          totals[i] += __builtin_convertvector(load(from + part * task.partial_elements + i * kLanes<S>), Doubles);
       for (int64_t c = 0; c < block; ++c) {
         Vec<S> sums[kPieces][kLanes<S>] = {};
-        for (int64_t t = 0; t < n; ++t) {
-          const S* from = partial + sums_at(task, c0 + c, t0 + t) * kLanes<S>;
-          Vec<S> sum = load(from);
-          if (task.parts > 1) {
-            Doubles total{};
-            for (int64_t part = 0; part < task.parts; ++part)
-              total += __builtin_convertvector(load(from + part * task.partial_elements), Doubles);
-            sum = __builtin_convertvector(total, Vec<S>);
-          }
-          sums[t / kLanes<S>][t % kLanes<S>] = sum;
-        }
+        for (int64_t t = 0; t < n; ++t)
+          sums[t / kLanes<S>][t % kLanes<S>] = task.parts == 1 ? load(from + (t * block + c) * kLanes<S>)
+                                                               : __builtin_convertvector(totals[t * block + c], Vec<S>);
         for (int64_t piece = 0; piece < kPieces; ++piece) transpose_block<S>(sums[piece]);
         // Whole vectors: what they leave behind the last tap the next ones overwrite.
         for (int64_t l = 0; l < lanes; ++l)
