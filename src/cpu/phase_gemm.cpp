@@ -6,7 +6,8 @@
 //           grad_output split by stride phase. A tap is then an offset, and rows follow each other, so a run of
 //           positions crosses row ends (those few results are not stored) and narrow images fill whole vectors.
 //           Register tile: result channels by vectors of positions; weights are packed [tap][k][m] and broadcast.
-//           All width phases of a block of result channels are computed, interleaved, finished and stored together.
+//           All width phases of a block of result channels are computed, interleaved, finished and stored together; rows
+//           that no tap reaches, all the same, once.
 //           On AVX2 the largest tile takes all taps of a channel together, in assembly (tiles_avx2.h); grad_input with
 //           many channels stages and multiplies a slab of them at a time.
 //           For avx512_bf16 a staged word holds a pair of channels as they are, and one instruction adds both products
