@@ -111,6 +111,30 @@ TEST(RandomProblems, MatchTheReferenceOnCuda) {
   check_random(cuda_device(0), 100, false);
 }
 
+// Small problems fit the caches, so that nothing is cut into slabs of channels; here they do not.
+TEST(SmallCaches, SlabsMatchTheReference) {
+  Device device = cpu_device();
+  device.l2_bytes = 16 << 10;
+  for (const char* text : {
+           "1d b3 c64>48 i37 t16 s8 p4",
+           "1d c70>33 i150 t7 s3 p2 d2",
+           "1d b2 g2 c132>50 i21 t5 s2 f64",
+           "2d b2 c65>40 i9x11 t4x4 s2 p1",
+           "2d b3 c67>21 i5x7 t3x3 p1 channels_last",
+           "3d b2 c64>24 i3x4x5 t3x2x3 s2 p1",
+           "1d b5 c96>64 i9 t16 s8 p4 bf16",
+           "2d b2 c64>40 i7x6 t3x3 s1x2 f16 channels_last",
+       })
+    for (const char* direction : {" grad_input", " grad_weight"})
+      for (bool non_finite : {false, true}) {
+        CheckOptions options;
+        options.seed = seed_of_this_run();
+        options.non_finite = non_finite;
+        const Problem problem = parse_problem(std::string(text) + direction);
+        for (const CheckResult& result : check(problem, {}, device, options)) EXPECT_EQ(result.failure, "");
+      }
+}
+
 // A reduced problem keeps what kernels are specialised on.
 TEST(Reduced, KeepsTheLayer) {
   const Problem large = parse_problem("3d b4 g4 c32>32 i32x64x128 t3 s2 p1 op1 bf16 channels_last grad_weight");

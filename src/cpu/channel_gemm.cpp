@@ -265,6 +265,7 @@ struct Work {
     S* single[kMostRows];  // sums of a single pass are stored before the next tile's
     for (int i = 0; i < kMostRows; ++i) single[i] = buffers.sums + i * width;
     ChannelTile<S> tile{};
+    tile.sums_step = kLanes<S>;
     tile.v_step = width;
     tile.b_step = task.word_step;
     const int64_t most = vectors == 1   ? rows_for(1)
@@ -315,6 +316,7 @@ struct Work {
     const int64_t first_tap = task.phase_taps[phase], last_tap = task.phase_taps[phase + 1];
     const int64_t width = vectors * kLanes<S>;
     ChannelTile<S> tile{};
+    tile.sums_step = kLanes<S>;
     tile.v_step = width;
     tile.b_step = 1;
     tile.vector = weight;

@@ -61,6 +61,13 @@ Buffers<S> carve(const ChannelGradWeightTask& task, void* scratch) {
   return buffers;
 }
 
+// Of one vector: how many sums, and where those of a channel of the other side and a tap are, in vectors.
+int64_t vector_sums(const ChannelGradWeightTask& task) { return task.channels[1 - task.vector_side] * task.num_taps; }
+int64_t sums_at(const ChannelGradWeightTask& task, int64_t channel, int64_t tap) {
+  const int64_t c0 = channel / kSumsBlock * kSumsBlock;
+  return c0 * task.num_taps + tap * min_of(kSumsBlock, task.channels[1 - task.vector_side] - c0) + channel - c0;
+}
+
 // One tile of one item.
 template <class S>
 struct Work {
@@ -161,7 +168,7 @@ struct Work {
       const int64_t left = rows - r;  // the last two tiles share what is left
       const int height = static_cast<int>(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
       S* at[kMostRows];
-      for (int i = 0; i < height; ++i) at[i] = sums[r + i] + v0 * kLanes<S>;
+      for (int i = 0; i < height; ++i) at[i] = sums[r + i] + v0 * tile.sums_step;
       tile.offset = offset + r;
       tile.sums = at;
       if (task.depthwise)
@@ -179,6 +186,7 @@ struct Work {
     const int64_t vectors = (count[v] + kLanes<S> - 1) / kLanes<S>,
                   blocks = (vectors + kMostVectors - 1) / kMostVectors;
     ChannelTile<S> tile{};
+    tile.sums_step = vector_sums(task) * kLanes<S>;
     const int64_t together[2] = {1, kPairs ? 2 : 1};  // staged words that a step passes
     tile.n = kPairs ? (hi - lo + 1) / 2 : hi - lo;
     tile.v_step = step[v] * together[v];
@@ -212,6 +220,7 @@ struct Work {
   // All taps, window by window.
   void multiply_windows(int64_t runs) {
     ChannelTile<S> tile{};
+    tile.sums_step = kLanes<S>;
     tile.n = kPairs ? (n[2] + 1) / 2 : n[2];
     tile.v_step = pitch[1] * (kPairs ? 2 : 1);
     tile.b_step = pitch[0];
@@ -277,10 +286,10 @@ struct Work {
                     (((sample * raw[0] + d * task.stride[0]) * raw[1] + h * task.stride[1]) * raw[2] + w) * pitch[1]};
             for (int64_t c = 0; c < count[o]; ++c) {
               S* sums = buffers.sums[tap * count[o] + c];
-              for (int64_t lane = 0; lane < count[v]; lane += kLanes<S>) {
+              const int64_t step = task.windows ? kLanes<S> : vector_sums(task) * kLanes<S>;
+              for (int64_t lane = 0; lane < count[v]; lane += kLanes<S>, sums += step) {
                 const int64_t some = min_of(kLanes<S>, count[v] - lane);
-                store_part(sums + lane, load_part(sums + lane, some) + load_part(at[v] + lane, some) * splat(at[o][c]),
-                           some);
+                store_part(sums, load_part(sums, some) + load_part(at[v] + lane, some) * splat(at[o][c]), some);
               }
             }
           }
@@ -304,7 +313,8 @@ struct Work {
       for (int64_t c = 0; c < count[o]; ++c) {
         buffers.offset[tap * count[o] + c] = o == 1 ? tap_offset(tap) + c : c;
         buffers.sums[tap * count[o] + c] =
-            partial + (first[o] + c) * task.row_elements + task.tap_sums[tap] + first[task.vector_side];
+            partial + (task.windows ? (first[o] + c) * task.row_elements + task.tap_sums[tap]
+                                    : first[1 - o] * vector_sums(task) + sums_at(task, first[o] + c, tap) * kLanes<S>);
       }
     if (!finite) return multiply_exactly();
     make_pairs(0);
@@ -333,13 +343,19 @@ void run_typed(const ChannelGradWeightTask& task, int64_t item, void* scratch) {
   };
   for (int64_t group = g0; group < g0 + task.item_groups; ++group) {
     enter(group);
-    S* sums = work.partial + work.first[o] * task.row_elements;
-    if (task.windows)
-      memset(sums, 0, static_cast<size_t>(work.count[o] * task.row_elements) * sizeof(S));
-    else
-      for (int64_t row = 0; row < work.count[o] * task.num_taps; ++row)
-        memset(sums + row * task.pitch + work.first[1 - o], 0,
-               static_cast<size_t>(round_up(work.count[1 - o], kLanes<S>)) * sizeof(S));
+    if (task.windows) {
+      memset(work.partial + work.first[o] * task.row_elements, 0,
+             static_cast<size_t>(work.count[o] * task.row_elements) * sizeof(S));
+      continue;
+    }
+    const int64_t c1 = work.first[o] + work.count[o], v1 = work.first[1 - o] + work.count[1 - o];
+    for (int64_t v = work.first[1 - o]; v < v1; v += kLanes<S>)
+      for (int64_t c0 = work.first[o], c; c0 < c1; c0 = c) {
+        c = min_of(c1, (c0 / kSumsBlock + 1) * kSumsBlock);
+        for (int64_t tap = 0; tap < task.num_taps; ++tap)
+          memset(work.partial + v * vector_sums(task) + sums_at(task, c0, tap) * kLanes<S>, 0,
+                 static_cast<size_t>((c - c0) * kLanes<S>) * sizeof(S));
+      }
   }
   const int64_t last = (part + 1) * task.num_tiles / task.parts;
   for (int64_t at = part * task.num_tiles / task.parts; at < last; ++at)
@@ -372,32 +388,50 @@ void merge_windows(const ChannelGradWeightTask& task, int64_t item, void* result
   }
 }
 
-// Adds the parts of one vector's channels and stores them in the order of the weights.
+// Adds the parts of one vector's channels and stores them in the order of the weights: a block of the other side's channels
+// and up to 16 taps at a time.
 template <class S>
 void merge_typed(const ChannelGradWeightTask& task, int64_t item, void* result) {
+  typedef double Doubles __attribute__((vector_size(kLanes<S> * sizeof(double))));
+  constexpr int64_t kTaps = 16, kPieces = kTaps / kLanes<S>;
   const int v = task.vector_side;
-  const int64_t vectors = task.pitch / kLanes<S>, group = item / vectors, c0 = item % vectors * kLanes<S>;
-  const int64_t lanes = min_of(kLanes<S>, task.channels[v] - c0), taps = task.num_taps, k = task.channels[1];
-  const int64_t rows = task.channels[1 - v] * taps;
-  const S* partial = static_cast<const S*>(task.partial) + group * rows * task.pitch + c0;
-  constexpr int64_t kRows = 64;
-  S columns[kLanes<S>][kRows + kLanes<S>] = {};  // rows are converted by whole vectors
-  for (int64_t row = 0; row < rows;) {
-    // A run whose results follow each other for every lane: any rows when these are (out channel, tap), else taps.
-    const int64_t n = min_of(kRows, v == 0 ? rows - row : taps - row % taps);
-    for (int64_t r = 0; r < n; ++r) {
-      const S* from = partial + (row + r) * task.pitch;
-      double sum[kLanes<S>] = {};
-      for (int64_t part = 0; part < task.parts; ++part)
-        for (int l = 0; l < kLanes<S>; ++l) sum[l] += static_cast<double>(from[part * task.partial_elements + l]);
-      for (int l = 0; l < kLanes<S>; ++l) columns[l][r] = static_cast<S>(sum[l]);
+  const int64_t vectors = task.pitch / kLanes<S>, group = item / vectors, v0 = item % vectors * kLanes<S>;
+  const int64_t lanes = min_of(kLanes<S>, task.channels[v] - v0), taps = task.num_taps, k = task.channels[1];
+  const S* partial =
+      static_cast<const S*>(task.partial) + group * task.channels[1 - v] * task.row_elements + v0 * vector_sums(task);
+  // [channel of the vector][of the block][tap] for vectors of input channels, else [of the block][of the vector][tap]
+  constexpr int64_t kMost = kLanes<S> > kSumsBlock ? kLanes<S> : kSumsBlock;
+  S values[kLanes<S> * kSumsBlock * kTaps + kMost * kLanes<S>];
+  for (int64_t c0 = 0; c0 < task.channels[1 - v]; c0 += kSumsBlock) {
+    const int64_t block = min_of(kSumsBlock, task.channels[1 - v] - c0);
+    for (int64_t t0 = 0; t0 < taps; t0 += kTaps) {
+      const int64_t n = min_of(kTaps, taps - t0), inner = v == 0 ? block : lanes, outer = v == 0 ? lanes : block;
+      const int64_t pitch = inner * n + kLanes<S>;
+      const S* from = partial + (c0 * taps + t0 * block) * kLanes<S>;
+      Doubles totals[kTaps * kSumsBlock];  // part by part: the same sum of all parts lies in one set of the cache
+      for (int64_t i = 0; i < n * block; ++i) totals[i] = Doubles{};
+      for (int64_t part = 0; part < task.parts && task.parts > 1; ++part)
+        for (int64_t i = 0; i < n * block; ++i)
+          totals[i] += __builtin_convertvector(load(from + part * task.partial_elements + i * kLanes<S>), Doubles);
+      for (int64_t c = 0; c < block; ++c) {
+        Vec<S> sums[kPieces][kLanes<S>] = {};
+        for (int64_t t = 0; t < n; ++t)
+          sums[t / kLanes<S>][t % kLanes<S>] = task.parts == 1 ? load(from + (t * block + c) * kLanes<S>)
+                                                               : __builtin_convertvector(totals[t * block + c], Vec<S>);
+        for (int64_t piece = 0; piece < kPieces; ++piece) transpose_block<S>(sums[piece]);
+        // Whole vectors: what they leave behind the last tap the next ones overwrite.
+        for (int64_t l = 0; l < lanes; ++l)
+          for (int64_t piece = 0; piece * kLanes<S> < n; ++piece)
+            store(values + (v == 0 ? l * pitch + c * n : c * pitch + l * n) + piece * kLanes<S>, sums[piece][l]);
+      }
+      const int64_t join = n == taps ? inner : 1;  // runs that follow each other in the weights
+      for (int64_t i = 0; i < outer; ++i)
+        for (int64_t j = 0; j < inner; j += join) {
+          const int64_t input = v == 0 ? v0 + i : c0 + i, output = v == 0 ? c0 + j : v0 + j;
+          const int64_t index = ((group * task.channels[0] + input) * k + output) * taps + t0;
+          store_row(values + i * pitch + j * n, result, task.dtype, index, join * n);
+        }
     }
-    for (int64_t l = 0; l < lanes; ++l) {
-      const int64_t index = v == 0 ? (group * task.channels[0] + c0 + l) * k * taps + row
-                                   : ((group * task.channels[0] + row / taps) * k + c0 + l) * taps + row % taps;
-      store_row(columns[l], result, task.dtype, index, n);
-    }
-    row += n;
   }
 }
 

@@ -3,10 +3,12 @@
 //
 // The input's tile is a box of positions q over the input grid, grad_output's the positions s * q + d * t - p that any
 // tap reads, both staged as [position][channel]. One of the two is the vector side: its channels lie along the lanes,
-// those of the other side are broadcast. Sums are kept as [channel of the other side][tap][channel of the vector side].
+// those of the other side are broadcast. Sums are kept as [vector][block of kSumsBlock channels of the other side][tap]
+// [channel of the block][lane], so that register tiles and the merge read them in the order in which they lie.
 //
 // A window is a row of taps that read neighbouring columns of one stride phase. With fewer output channels than lanes their
-// values follow each other in the staged grad_output, and the lanes of a window's vectors are (tap, channel) pairs.
+// values follow each other in the staged grad_output, and the lanes of a window's vectors are (tap, channel) pairs; sums are
+// [channel of the other side][window].
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -16,6 +18,8 @@
 #include "kernel.h"
 
 namespace tconv::cpu {
+
+constexpr std::int64_t kSumsBlock = 8;
 
 struct ChannelGradWeightTask {
   DType dtype;
@@ -42,9 +46,9 @@ struct ChannelGradWeightTask {
   bool windows;
   const std::int64_t* window;  // [window][2]: its first tap, its vectors
   std::int64_t num_windows;
-  const std::int64_t* tap_sums;   // [tap]: where its sums are in those of one channel of the other side
+  const std::int64_t* tap_sums;   // [tap]: where its sums are in those of one channel's windows
   std::int64_t row_elements;      // sums of one channel of the other side: of all taps, `pitch` each, or of all windows
-  void* partial;                  // S: [part][group][other channel][row_elements]
+  void* partial;                  // S: [part][group][sums]
   std::int64_t partial_elements;  // of one part
   struct PreOp {
     OpKind kind;

@@ -29,7 +29,8 @@ struct ChannelTile {
   const int64_t *run_v, *run_b;  // where each run starts
   int64_t runs, n, v_step, b_step;
   const int64_t* offset;  // [row]
-  S* const* sums;         // [row]: where its vectors are
+  S* const* sums;         // [row]: where its first vector is
+  int64_t sums_step;      // from there to the next vector
   const S* start;         // one value per lane for every row; null: the sums go on from what is there
 };
 
@@ -40,14 +41,15 @@ void channel_tile(const ChannelTile<S>& tile) {
     if (tile.n >= 16) {  // the sums pass through memory between runs
       float sums[Rows * Vectors * kLanes<S>];
       for (int i = 0; i < Rows * Vectors; ++i)
-        store(sums + i * kLanes<S>, load((tile.start ? tile.start : tile.sums[i / Vectors]) + i % Vectors * kLanes<S>));
+        store(sums + i * kLanes<S>, load(tile.start ? tile.start + i % Vectors * kLanes<S>
+                                                    : tile.sums[i / Vectors] + i % Vectors * tile.sums_step));
       for (int64_t run = 0; run < tile.runs; ++run) {
         const float* scalar[Rows];
         for (int r = 0; r < Rows; ++r) scalar[r] = tile.scalar + tile.run_b[run] + tile.offset[r];
         add_positions(tile.vector + tile.run_v[run], scalar, tile.n, tile.v_step, tile.b_step, sums);
       }
       for (int i = 0; i < Rows * Vectors; ++i)
-        store(tile.sums[i / Vectors] + i % Vectors * kLanes<S>, load(sums + i * kLanes<S>));
+        store(tile.sums[i / Vectors] + i % Vectors * tile.sums_step, load(sums + i * kLanes<S>));
       return;
     }
 #endif
@@ -55,7 +57,8 @@ void channel_tile(const ChannelTile<S>& tile) {
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = load((tile.start ? tile.start : tile.sums[r]) + v * kLanes<S>);
+    for (int v = 0; v < Vectors; ++v)
+      sum[r][v] = load(tile.start ? tile.start + v * kLanes<S> : tile.sums[r] + v * tile.sums_step);
   const int64_t v_step = tile.v_step, b_step = tile.b_step;
   for (int64_t run = 0; run < tile.runs; ++run) {
     const S* at = tile.vector + tile.run_v[run];
@@ -79,13 +82,14 @@ void channel_tile(const ChannelTile<S>& tile) {
       }
     }
   }
+  const int64_t sums_step = tile.sums_step;
   S* sums[Rows];  // read before anything is stored, which could change the table as far as the compiler knows
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) sums[r] = tile.sums[r];
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) store(sums[r] + v * kLanes<S>, sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) store(sums[r] + v * sums_step, sum[r][v]);
 }
 
 template <class S>

@@ -6,8 +6,10 @@
 //           grad_output split by stride phase. A tap is then an offset, and rows follow each other, so a run of
 //           positions crosses row ends (those few results are not stored) and narrow images fill whole vectors.
 //           Register tile: result channels by vectors of positions; weights are packed [tap][k][m] and broadcast.
-//           All width phases of a block of result channels are computed, interleaved, finished and stored together.
-//           On AVX2 the largest tile takes all taps of a channel together, in assembly (tiles_avx2.h).
+//           All width phases of a block of result channels are computed, interleaved, finished and stored together; rows
+//           that no tap reaches, all the same, once.
+//           On AVX2 the largest tile takes all taps of a channel together, in assembly (tiles_avx2.h); grad_input with
+//           many channels stages and multiplies a slab of them at a time.
 //           For avx512_bf16 a staged word holds a pair of channels as they are, and one instruction adds both products
 //           in fp32: 170 % of the fp32 peak on a Zen 5 core where fp32 reaches 85 %.
 // Refuses   grad_weight and epilogues alone; targets above the machine's; f64 mixed with another dtype. For avx512_bf16
@@ -38,18 +40,18 @@ constexpr bool kTapsInnermost = false;
 #endif
 
 // One register tile: c[m][v] = bias[m] + sum over taps and k of w[tap][k][m] * x[offset[tap] + k * k_pitch + v], over all
-// taps of a phase or the listed ones of them.
+// taps of a phase or the listed ones of them; behind the first slab c goes on from what is there.
 // Masked: a product counts only where the mask, laid out as one plane, is not zero.
 template <class S, int M, int V, bool Masked>
 void register_tile(const S* x, int64_t k_pitch, const int64_t* offsets, int64_t phase_taps, int64_t num_taps,
-                   const int* taps, int64_t k_count, const S* weight, const S* bias, S* c, int64_t c_pitch,
+                   const int* taps, int64_t k_count, const S* weight, const S* bias, bool resume, S* c, int64_t c_pitch,
                    const S* mask, const int64_t* mask_offsets) {
   Vec<S> sum[M][V];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     const Vec<S> start = bias ? splat(bias[m]) : Vec<S>{};
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[m][v] = start;
+    for (int v = 0; v < V; ++v) sum[m][v] = resume ? load(c + m * c_pitch + v * kLanes<S>) : start;
   }
   const int64_t w_step = (kTapsInnermost ? phase_taps : 1) * M, tap_step = (kTapsInnermost ? 1 : k_count) * M;
   for (int64_t i = 0; i < num_taps; ++i) {
@@ -87,11 +89,11 @@ void register_tile(const S* x, int64_t k_pitch, const int64_t* offsets, int64_t 
 // after the other over all channels reads three lines for 12 products, which the second cache level delivers in the time
 // of those. There is no loop over the taps: its end is guessed wrong where a core's other thread works too.
 void register_tile_avx2(const float* x, int64_t k_pitch, const int64_t* offsets, int64_t phase_taps, int64_t num_taps,
-                        const int* taps, int64_t k_count, const float* weight, const float* bias, float* c,
+                        const int* taps, int64_t k_count, const float* weight, const float* bias, bool resume, float* c,
                         int64_t c_pitch, const float*, const int64_t*) {
   constexpr float kNothing[4] = {};
-  const float* start = bias ? bias : kNothing;
-  if (num_taps == 0 || k_count == 0)
+  const float* start = resume ? nullptr : bias ? bias : kNothing;
+  if ((num_taps == 0 || k_count == 0) && !resume)
     for (int m = 0; m < 4; ++m)
       for (int v = 0; v < 3; ++v) store(c + m * c_pitch + v * kLanes<float>, splat(start[m]));
   if (k_count == 0) return;
@@ -111,7 +113,7 @@ void register_tile_avx2(const float* x, int64_t k_pitch, const int64_t* offsets,
 
 template <class S>
 using TileFunction = void (*)(const S*, int64_t, const int64_t*, int64_t, int64_t, const int*, int64_t, const S*,
-                              const S*, S*, int64_t, const S*, const int64_t*);
+                              const S*, bool, S*, int64_t, const S*, const int64_t*);
 
 template <class S, int M, bool Masked>
 TileFunction<S> tile_function(int vectors) {
@@ -191,13 +193,13 @@ Buffers<S> carve(const PhaseGemmTask& task, void* scratch) {
     used += round_up((n + kLanes<S>)*static_cast<int64_t>(sizeof(S)), 64);
     return p;
   };
-  const int64_t block = min_of(kRegisterM, task.m);
+  const int64_t block = min_of(kRegisterM, task.m), channels = task.slab < task.rows ? task.m_chunk : block;
   constexpr int64_t kSlack = 9 * kLanes<S>;  // a register tile may reach this far beyond the last position
   buffers.sums_pitch = round_up(task.samples * task.sample_pitch, kLanes<S>) + kLanes<S>;
   buffers.row_pitch = round_up((task.tile[2] + kLanes<S>)*task.result_step[2], kLanes<S>);
   buffers.planes = take(task.num_planes * task.phase_pitch + kSlack);
   buffers.mask = take(task.masked ? task.num_planes * task.plane_pitch + kSlack : 0);
-  buffers.sums = take(task.result_step[2] * block * buffers.sums_pitch + kSlack);
+  buffers.sums = take(task.result_step[2] * channels * buffers.sums_pitch + kSlack);
   buffers.rows = take(block * buffers.row_pitch + 2 * kLanes<S>);
   buffers.line = take(max_of(task.source_step[2] * (task.plane[2] + kLanes<S>), task.k) + 2 * kLanes<S>);
   buffers.taps = reinterpret_cast<int*>(take(task.num_taps));
@@ -205,29 +207,46 @@ Buffers<S> carve(const PhaseGemmTask& task, void* scratch) {
   return buffers;
 }
 
-// Products of one block of result channels for one result phase, over all positions of the tile.
-template <class S>
-void multiply(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers, int64_t m0, int block,
-              int phase, S* sums) {
-  const int64_t first_tap = task.phase_taps[phase], num_taps = task.phase_taps[phase + 1] - first_tap;
-  const S* bias = task.bias ? static_cast<const S*>(task.bias) + place.g * task.m + m0 : nullptr;
-  const S* weight =
-      static_cast<const S*>(task.weight) + ((place.g * task.m + m0) * task.num_taps + first_tap * block) * task.rows;
-  const int most = block == 8   ? vectors_for(8)
-                   : block == 4 ? vectors_for(4)
-                   : block == 2 ? vectors_for(2)
+int block_of(int64_t channels) {
+  int block = kRegisterM;
+  while (block > channels) block /= 2;
+  return block;
+}
+
+// Products of result channels [m0, m1) for one result phase and source channels [k0, k1), over all positions of the tile.
+// Without slabs they are one block and all channels; tests for more made a depthwise layer 10 % slower.
+template <class S, bool Slabs>
+void multiply(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers, int64_t k0, int64_t k1,
+              int64_t m0, int64_t m1, int phase, S* sums) {
+  const int64_t first_tap = task.phase_taps[phase], num_taps = task.phase_taps[phase + 1] - first_tap, rows = k1 - k0;
+  const S* slab_weight = static_cast<const S*>(task.weight) + (place.g * task.rows + k0) * task.m * task.num_taps;
+  auto weight_of = [&](int64_t m, int block) { return slab_weight + (m * task.num_taps + first_tap * block) * rows; };
+  const int first = block_of(m1 - m0);
+  const int most = first == 8   ? vectors_for(8)
+                   : first == 4 ? vectors_for(4)
+                   : first == 2 ? vectors_for(2)
                                 : vectors_for(1);
+  const S* bias = task.bias ? static_cast<const S*>(task.bias) + place.g * task.m + m0 : nullptr;
+  const S* weight = weight_of(m0, first);
   auto multiply_run = [&](int64_t start, int64_t length, const int* taps, int64_t count_of_taps) {
     for (int64_t vector = 0, vectors = (length + kLanes<S> - 1) / kLanes<S>; vector < vectors;) {
       // The last two tiles of a run share what is left, so that none is thin.
       const int64_t left = vectors - vector;
       const int count = static_cast<int>(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
       const int64_t at = start + vector * kLanes<S>;
-      const TileFunction<S> tile =
-          task.masked ? tile_function<S, true>(block, count) : tile_function<S, false>(block, count);
-      tile(buffers.planes + at, task.plane_pitch, task.tap_offset + first_tap, num_taps, count_of_taps, taps, task.rows,
-           weight, bias, sums + at, buffers.sums_pitch, task.masked ? buffers.mask + at : nullptr,
-           task.mask_offset + first_tap);
+      auto multiply_tile = [&](int block, const S* w, const S* start_of_sums, S* c) {
+        const TileFunction<S> tile =
+            task.masked ? tile_function<S, true>(block, count) : tile_function<S, false>(block, count);
+        tile(buffers.planes + at, task.plane_pitch, task.tap_offset + first_tap, num_taps, count_of_taps, taps, rows, w,
+             start_of_sums, Slabs && k0 > 0, c + at, buffers.sums_pitch, task.masked ? buffers.mask + at : nullptr,
+             task.mask_offset + first_tap);
+      };
+      multiply_tile(first, weight, bias, sums);
+      for (int64_t m = m0 + first; Slabs && m < m1;) {
+        const int block = block_of(m1 - m);
+        multiply_tile(block, weight_of(m, block), bias ? bias + m - m0 : nullptr, sums + (m - m0) * buffers.sums_pitch);
+        m += block;
+      }
       vector += count;
     }
   };
@@ -247,6 +266,8 @@ void multiply(const PhaseGemmTask& task, const Place& place, const Buffers<S>& b
   // One run over all samples, one for each or one for each depth, whichever computes the fewest vectors.
   const int64_t of_depth = run_length(place.n[1]), of_sample = (place.n[0] - 1) * slice + of_depth;
   const int64_t whole = (place.samples - 1) * task.sample_pitch + of_sample;
+  // With slabs one run: what the last vector of one adds to the next one's sums would stay there.
+  if constexpr (Slabs) return multiply_run(0, whole, nullptr, num_taps);
   if (all) {
     const int64_t each = min_of(vectors_of(of_sample), place.n[0] * vectors_of(of_depth));
     if (vectors_of(whole) <= place.samples * each) return multiply_run(0, whole, nullptr, num_taps);
@@ -299,10 +320,11 @@ void multiply(const PhaseGemmTask& task, const Place& place, const Buffers<S>& b
     });
 }
 
-// Interleaves the width phases of a block of result channels, applies the operations and stores the rows.
+// Interleaves the width phases of a block of result channels, applies the operations and stores the rows; all rows like
+// the first where they are the same.
 template <class S>
 void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers, int64_t sample, int64_t m0,
-                 int block, int64_t phase_d, int64_t phase_h) {
+                 int block, int64_t phase_d, int64_t phase_h, bool same) {
   const int64_t channels = task.groups * task.m, c0 = place.g * task.m + m0, step = task.result_step[2];
   const int64_t positions = task.result_size[0] * task.result_size[1] * task.result_size[2];
   const int64_t column = step * place.q0[2], b = place.b + sample;
@@ -315,11 +337,15 @@ void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>
       if (rh >= task.result_size[1]) break;
       const int64_t position = (rd * task.result_size[1] + rh) * task.result_size[2] + column;
       for (int m = 0; m < block; ++m) {
-        const S* from = buffers.sums + m * buffers.sums_pitch + sample * task.sample_pitch +
-                        (d * task.plane[1] + h) * task.plane[2];
+        const int64_t first = sample * task.sample_pitch + (d * task.plane[1] + h) * task.plane[2];
+        const S* from = buffers.sums + m * buffers.sums_pitch + (same ? 0 : first);
         S* row = buffers.rows + m * buffers.row_pitch;
         const int64_t start = (b * channels + c0 + m) * positions + position;
-        if (task.num_ops == 0 && task.layout == Layout::contiguous) {
+        if (same && d + h > 0) {
+          if (task.layout == Layout::contiguous) store_row(row, task.result, task.result_dtype, start, width);
+          continue;
+        }
+        if (task.num_ops == 0 && task.layout == Layout::contiguous && !same) {
           store_phases(from, block * buffers.sums_pitch, step, width, row, task.result, task.result_dtype, start);
           continue;
         }
@@ -365,7 +391,7 @@ void store_block(const PhaseGemmTask& task, const Place& place, const Buffers<S>
 }
 
 template <class S>
-void run_group(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers) {
+void stage_samples(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers) {
   for (int64_t sample = 0; sample < place.samples; ++sample) {
     Place one = place;
     Buffers<S> of_sample = buffers;
@@ -374,17 +400,60 @@ void run_group(const PhaseGemmTask& task, const Place& place, const Buffers<S>& 
     of_sample.mask += sample * task.sample_pitch;
     stage_planes<S>(task, one, of_sample);
   }
+}
+
+// What 24 positions read of a slab's planes stays in the first cache level while the weights of all blocks pass by. With
+// all channels a vocoder's planes come from the third one, for every block again.
+template <class S>
+void run_slabs(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers) {
+  PhaseGemmTask slab = task;
+  Place part = place;
+  for (int64_t k0 = 0; k0 < task.rows; k0 += task.slab) {
+    slab.rows = min_of(task.slab, task.rows - k0);
+    part.source_channel = place.source_channel + k0;
+    stage_samples(slab, part, buffers);
+    multiply<S, true>(task, place, buffers, k0, k0 + slab.rows, place.m0, place.m1, 0, buffers.sums);
+  }
+  for (int64_t m = place.m0, block; m < place.m1; m += block) {
+    block = block_of(place.m1 - m);
+    Buffers<S> of_block = buffers;
+    of_block.sums += (m - place.m0) * buffers.sums_pitch;
+    for (int64_t sample = 0; sample < place.samples; ++sample)
+      store_block(task, place, of_block, sample, m, static_cast<int>(block), 0, 0, false);
+  }
+}
+
+// The first row of a phase without taps, where the stride and the dilation have a common factor.
+template <class S>
+void fill_row(const PhaseGemmTask& task, const Place& place, int64_t m0, int block, S* sums, int64_t pitch) {
+  const S* bias = task.bias ? static_cast<const S*>(task.bias) + place.g * task.m + m0 : nullptr;
+  for (int m = 0; m < block; ++m)
+    for (int64_t x = 0; x < place.n[2]; x += kLanes<S>) store(sums + m * pitch + x, splat(bias ? bias[m] : S(0)));
+}
+
+template <class S>
+void run_group(const PhaseGemmTask& task, const Place& place, const Buffers<S>& buffers) {
+  if (task.slab < task.rows) return run_slabs(task, place, buffers);
+  stage_samples(task, place, buffers);
+  bool tensors = false;  // an operand for every element
+  for (int i = 0; i < task.num_ops; ++i) tensors |= task.ops[i].operand == OperandKind::tensor;
   const int64_t* step = task.result_step;
   for (int64_t m0 = place.m0; m0 < place.m1;) {
-    int block = kRegisterM;
-    while (block > place.m1 - m0) block /= 2;
+    const int block = block_of(place.m1 - m0);
     for (int64_t phase_d = 0; phase_d < step[0]; ++phase_d)
       for (int64_t phase_h = 0; phase_h < step[1]; ++phase_h) {
-        for (int64_t phase_w = 0; phase_w < step[2]; ++phase_w)
-          multiply(task, place, buffers, m0, block, static_cast<int>((phase_d * step[1] + phase_h) * step[2] + phase_w),
-                   buffers.sums + phase_w * block * buffers.sums_pitch);
+        const int64_t phase = (phase_d * step[1] + phase_h) * step[2];
+        const bool same = task.phase_taps[phase] == task.phase_taps[phase + step[2]] && !tensors;
+        for (int64_t phase_w = 0; phase_w < step[2]; ++phase_w) {
+          S* sums = buffers.sums + phase_w * block * buffers.sums_pitch;
+          if (!same)
+            multiply<S, false>(task, place, buffers, 0, task.rows, m0, m0 + block, static_cast<int>(phase + phase_w),
+                               sums);
+          else
+            fill_row(task, place, m0, block, sums, buffers.sums_pitch);
+        }
         for (int64_t sample = 0; sample < place.samples; ++sample)
-          store_block(task, place, buffers, sample, m0, block, phase_d, phase_h);
+          store_block(task, place, buffers, sample, m0, block, phase_d, phase_h, same);
       }
     m0 += block;
   }
@@ -404,19 +473,25 @@ void run_typed(const PhaseGemmTask& task, int64_t item, void* scratch) {
 template <class S, int Block>
 bool pack_block(const PackTask& task, int64_t group, int64_t m0) {
   const int64_t base = group * task.k * task.m * task.taps + m0 * task.m_stride;
-  S* out = static_cast<S*>(task.packed) + (group * task.m + m0) * task.taps * task.rows;
+  auto slab_at = [&](int64_t k) {  // where the weights of the slab from channel k on are
+    return static_cast<S*>(task.packed) +
+           ((group * task.rows + k) * task.m + m0 * min_of(task.slab, task.rows - k)) * task.taps;
+  };
   // Taps of one k follow each other; those of all k, too, where k is the weights' second dimension.
   const bool joined = !kPairs && task.k_stride == task.taps;
   const int64_t runs = joined ? 1 : task.rows, length = joined ? task.k * task.taps : task.taps;
   Vec<S> nothing{};
   for (int64_t run = 0; run < runs; ++run) {
-    int64_t tap = 0, k = run;
+    int64_t tap = 0, k0 = run / task.slab * task.slab, k = run - k0;
+    S* out = slab_at(k0);
     for (int64_t j = 0; j < length; j += kLanes<S>) {
       const int64_t n = min_of(kLanes<S>, length - j);
       S* to[kLanes<S>];
       for (int64_t l = 0; l < n; ++l) {
         to[l] = out + (task.tap_first[tap] + k * task.tap_step[tap]) * Block;
-        if (++tap == task.taps) tap = 0, ++k;
+        if (++tap < task.taps) continue;
+        tap = 0;
+        if (++k == task.slab) out = slab_at(k0 += task.slab), k = 0;
       }
       constexpr int kPart = Block < kLanes<S> ? Block : kLanes<S>;
       for (int first = 0; first < Block; first += kPart) {

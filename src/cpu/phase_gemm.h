@@ -28,6 +28,7 @@ struct PhaseGemmTask {
   Layout layout;
   std::int64_t batch, groups, k, m;  // k source and m result channels per group
   std::int64_t rows;                 // staged per source phase: k, or pairs of channels for products of bf16 pairs
+  std::int64_t slab;                 // of them, staged and multiplied together, with one result phase only; else all
   std::int64_t source_channels;      // of the whole tensor
   const void* source;
   void* result;
@@ -52,7 +53,7 @@ struct PhaseGemmTask {
   const std::int64_t* tap_source;   // [tap][2]: source depth and row of grid position 0
   std::int64_t num_taps;
   const void*
-      weight;   // packed S: [group][m block][phase][tap][k][m of the block], or [k][tap] where taps are innermost
+      weight;   // packed S: [group][slab][m block][phase][tap][k][m of the block], or [k][tap] where taps are innermost
   bool masked;  // a weight is not finite: zeros outside the source must not be multiplied
   // Epilogue
   const PhaseOp* pre;
@@ -62,14 +63,14 @@ struct PhaseGemmTask {
   int num_ops;
 };
 
-// Weights in the order that the register tiles read. Of one block, those of (tap, k) are tap_first[tap] + k * tap_step[tap]
-// blocks from the start.
+// Weights in the order that the register tiles read. Of one block and slab, those of (tap, k) are
+// tap_first[tap] + k * tap_step[tap] blocks from the start.
 struct PackTask {
   DType dtype;
   const void* weight;
   void* packed;
   std::int64_t elements;  // of the weight tensor
-  std::int64_t taps, k, rows, m, k_stride, m_stride;
+  std::int64_t taps, k, rows, slab, m, k_stride, m_stride;
   const std::int64_t *tap_first, *tap_step;
 };
 

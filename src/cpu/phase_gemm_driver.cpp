@@ -36,10 +36,11 @@ struct Layer {
   int lanes, cores, register_m;
   double element_bytes, l2_bytes;
   bool channels_last;
+  std::int64_t slab;  // channels of a slab where slabs are an option, else all
 };
 
-// Cycles of one core for one tile; the constants are fitted on a Zen 5 core with AVX-512.
-double tile_cycles(const Layer& layer, const std::int64_t* tile, std::int64_t samples, double m) {
+// Cycles of one core for one tile; the constants are fitted on a Zen 5 core with AVX-512, those of slabs on a Zen 3 core.
+double tile_cycles(const Layer& layer, const std::int64_t* tile, std::int64_t samples, double m, std::int64_t slab) {
   const double count = static_cast<double>(samples);
   double plane = 1;
   for (int dim = 0; dim < 3; ++dim) plane *= static_cast<double>(tile[dim] + layer.range[dim]);
@@ -53,15 +54,19 @@ double tile_cycles(const Layer& layer, const std::int64_t* tile, std::int64_t sa
     const double n = std::ceil(length / layer.lanes), last = std::fmod(n, 3);
     return layer.register_m == 4 && n > 1 ? n + (last == 1 ? 1.0 : last == 2 ? 0.5 : 0.0) : n;
   };
-  const double vectors = std::min({count * static_cast<double>(tile[0]) * vectors_of(one), count * vectors_of(whole),
-                                   vectors_of((count - 1) * plane + whole)});
+  const bool slabs = static_cast<double>(slab) < layer.k;  // multiplied in one run
+  double vectors = vectors_of((count - 1) * plane + whole);
+  if (!slabs)
+    vectors = std::min({count * static_cast<double>(tile[0]) * vectors_of(one), count * vectors_of(whole), vectors});
   const double positions = count * static_cast<double>(tile[0] * tile[1] * tile[2]);
   const double rows =
       count * layer.k * layer.planes * static_cast<double>((tile[0] + layer.range[0]) * (tile[1] + layer.range[1]));
   const double staged = count * layer.k * layer.planes * plane;
   double stage = rows * 14 + staged / layer.lanes * (layer.planes > 1 ? 4 : 2.5);
   if (layer.channels_last) stage = rows * 14 + staged * 1.2;
-  const double bytes = staged * layer.element_bytes;
+  const double passes = std::max(1.0, std::ceil(layer.k / static_cast<double>(slab)));
+  double bytes = staged / passes * layer.element_bytes;
+  if (slabs) bytes += vectors * layer.lanes * m * layer.element_bytes;  // the sums
   const double spill = bytes < 0.4 * layer.l2_bytes   ? 1.0
                        : bytes < 0.8 * layer.l2_bytes ? 1.08
                        : bytes < 1.5 * layer.l2_bytes ? 1.25
@@ -70,7 +75,7 @@ double tile_cycles(const Layer& layer, const std::int64_t* tile, std::int64_t sa
   const double thin = vectors < 2 ? 1.8 : vectors < 3 ? 1.2 : 1.0;
   const double per_fma = m >= 4 ? 0.55 : m >= 2 ? 0.7 : 1.0;
   const double multiply = vectors * layer.taps * layer.k * m * per_fma * spill * thin;
-  const double calls = layer.phases * std::ceil(m / layer.register_m) * std::ceil(vectors / 3);
+  const double calls = layer.phases * std::ceil(m / layer.register_m) * std::ceil(vectors / 3) * passes;
   const double result_rows =
       layer.phases * m * count * static_cast<double>(tile[0] * tile[1]) / static_cast<double>(layer.result_step[2]);
   // Weights that the second cache level cannot keep from tile to tile.
@@ -80,7 +85,7 @@ double tile_cycles(const Layer& layer, const std::int64_t* tile, std::int64_t sa
   // Measured 1 to 2.5 cycles more than one an element for strides of 2 and 3 and 3 to 64 channels: at a price of one the
   // planner chose this kernel for 3 to 16 channels with stride 2, 11.7 ms instead of 6.1.
   if (layer.channels_last) store = layer.phases * m * positions * 2.0;
-  return 300 + stage + multiply + stream + calls * 20 + store;
+  return 300 + stage + multiply + stream + calls * (slabs ? 60 : 20) + store;
 }
 
 // Grids of more positions fill a tile alone.
@@ -100,9 +105,9 @@ std::vector<std::int64_t> tile_candidates(std::int64_t extent, std::int64_t mult
 void choose_tile(const Layer& layer, Geometry& geometry) {
   PhaseGemmTask& task = geometry.task;
   double best = HUGE_VAL;
-  auto consider = [&](const std::int64_t* tile, std::int64_t samples) {
+  auto consider_slab = [&](const std::int64_t* tile, std::int64_t samples, std::int64_t slab) {
     double items = static_cast<double>((layer.batch + samples - 1) / samples * layer.groups);
-    double plane = layer.k * layer.planes * layer.element_bytes * static_cast<double>(samples);
+    double plane = static_cast<double>(slab) * layer.planes * layer.element_bytes * static_cast<double>(samples);
     for (int dim = 0; dim < 3; ++dim) {
       items *= static_cast<double>((layer.grid[dim] + tile[dim] - 1) / tile[dim]);
       plane *= static_cast<double>(tile[dim] + layer.range[dim]);
@@ -113,7 +118,7 @@ void choose_tile(const Layer& layer, Geometry& geometry) {
       const std::int64_t blocks = (static_cast<std::int64_t>(layer.m) + layer.register_m - 1) / layer.register_m;
       if (chunks > blocks) break;
       const double chunk = static_cast<double>((blocks + chunks - 1) / chunks * layer.register_m);
-      const double cycles = tile_cycles(layer, tile, samples, std::min(chunk, layer.m));
+      const double cycles = tile_cycles(layer, tile, samples, std::min(chunk, layer.m), slab);
       const double rounds = std::ceil(items * static_cast<double>(chunks) / layer.cores);
       const double critical = rounds * cycles;
       if (critical >= best) continue;
@@ -123,7 +128,12 @@ void choose_tile(const Layer& layer, Geometry& geometry) {
       std::copy_n(tile, 3, task.tile);
       task.samples = samples;
       task.m_chunk = static_cast<std::int64_t>(chunk);
+      task.slab = std::max<std::int64_t>(1, slab);
     }
+  };
+  auto consider = [&](const std::int64_t* tile, std::int64_t samples) {
+    consider_slab(tile, samples, static_cast<std::int64_t>(layer.k));
+    if (static_cast<double>(layer.slab) < layer.k) consider_slab(tile, samples, layer.slab);
   };
   for (std::int64_t w : tile_candidates(layer.grid[2], layer.lanes))
     for (std::int64_t h : tile_candidates(layer.grid[1], 1))
@@ -234,6 +244,15 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   layer.element_bytes = f64 ? 8 : 4;
   layer.l2_bytes = static_cast<double>(device.l2_bytes);
   layer.channels_last = problem.layout == Layout::channels_last;
+  task.slab = layer.slab = task.rows;
+  if (target == Isa::avx2 && problem.direction == Direction::grad_input && task.m >= 64) {
+    // The lines of a slab that 24 positions read take a third of the first cache level, which a core's threads share. Fewer
+    // than 64 results read them too seldom: kernelbench_1_73 (32) took 709 ms instead of 469.
+    const double rows = std::min(layer.taps, layer.planes * static_cast<double>((range[0] + 1) * (range[1] + 1)));
+    const double bytes = rows * static_cast<double>(24 + 16 + range[2]) * layer.element_bytes;
+    layer.slab =
+        std::clamp<std::int64_t>(static_cast<std::int64_t>(11264 / bytes), 1, std::max<std::int64_t>(1, task.rows));
+  }
   if (problem.direction == Direction::grad_weight)
     choose_grad_weight_tile(layer, *geometry);
   else
@@ -255,7 +274,7 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
   task.plane_pitch = (task.plane_pitch + 15) / 16 * 16 + 16;
   // A channel's planes of all phases are read together: off multiples of 4 KB, where they would share the sets of the
   // first cache level.
-  task.phase_pitch = task.rows * task.plane_pitch;
+  task.phase_pitch = task.slab * task.plane_pitch;
   if (problem.direction == Direction::grad_input) task.phase_pitch = (task.phase_pitch + 1023) / 1024 * 1024 + 80;
 
   const std::int64_t mask_pitch = task.plane_pitch;
@@ -315,6 +334,7 @@ bool pack_weights(const Problem& problem, const Geometry& geometry, const void* 
   pack.taps = task.num_taps;
   pack.k = task.k;
   pack.rows = task.rows;
+  pack.slab = task.slab;
   pack.m = task.m;
   pack.k_stride = (forward ? task.m : 1) * task.num_taps;
   pack.m_stride = (forward ? 1 : task.k) * task.num_taps;
