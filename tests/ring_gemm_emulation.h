@@ -62,7 +62,7 @@ int main() {
             ((RG_ROW_BLOCKS + RG_ROW_GROUPS - 1) / RG_ROW_GROUPS) * (RG_PASS_PER_ITEM ? RG_NUM_PASSES : 1);
   constexpr int kUnit = 16 / sizeof(storage_t), kWide = 16 / sizeof(output_t);
   alignas(16) static unsigned packed[TCONV_GROUPS * RG_ROW_BLOCKS * RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64];
-  constexpr unsigned kPackBlocks = TCONV_GROUPS * RG_ROW_BLOCKS * RG_CHUNKS;
+  constexpr unsigned kPackBlocks = TCONV_GROUPS * RG_ROW_BLOCKS * RG_CHUNKS * ((RG_KC / 4 + 3) / 4);
 #if RG_PACK_SOURCE
   constexpr long long kChannels = RG_CHUNKS * RG_KC * 4 / sizeof(storage_t);
   std::vector<uint4> copy(

@@ -4,7 +4,7 @@
 //           source_packed[image][group][position][channel]
 // Method    the first blocks of the grid take the weights, the others a run of positions by a chunk of channels of the
 //           source, through shared memory, so that both sides are read and written in whole sectors. Of the weights, a block
-//           takes the units of channels of one chunk and row block through all entries, a thread a word of each: the taps of a
+//           takes up to four units of channels of one row block through all entries, a thread a word of each: the taps of a
 //           weight lie side by side and are all read while their sectors are in L1, and each entry is written as whole
 //           lines. An entry (shift) has a tap for some of the width phases, zero for the others. Both parts are bound by
 //           what they have under way: 32 bytes a thread and more.
@@ -130,34 +130,33 @@ extern "C" __global__ void __launch_bounds__(256, sizeof(storage_t) == 4 ? 6 : 4
 #else
   const unsigned weight_grid = gridDim.x;
 #endif
-  constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1, kUnits = RG_KC / 4;
-  // Read before any is written, as registers allow.
-  constexpr int kMost = kUnits < 8 ? 4 : 2;
-  constexpr int kEntries = RG_NUM_ENTRIES < kMost ? RG_NUM_ENTRIES : kMost;
+  constexpr int kPerWord = sizeof(storage_t) == 2 ? 2 : 1, kUnits = RG_KC / 4, kAtOnce = kUnits < 4 ? kUnits : 4;
+  constexpr int kEntries = RG_NUM_ENTRIES < 4 ? RG_NUM_ENTRIES : 4;  // read before any is written
   const int row = threadIdx.x / 4, channel = RG_ROW_CHANNEL(row), live = RG_ROW_LIVE(row);
   for (unsigned index = blockIdx.x; index < blocks; index += weight_grid) {
-    const int chunk = index % RG_CHUNKS;
-    const unsigned block = index / RG_CHUNKS;
+    const int unit0 = index % (kUnits / kAtOnce) * kAtOnce, chunk = index / (kUnits / kAtOnce) % RG_CHUNKS;
+    const unsigned block = index / (kUnits / kAtOnce * RG_CHUNKS);
     const int row_block = block % RG_ROW_BLOCKS, group = block / RG_ROW_BLOCKS;
     const int n = row_block * RG_CHANNELS + channel;
-    const int k0 = (chunk * RG_KC + threadIdx.x % 4) * kPerWord;
+    const int k0 = (chunk * RG_KC + unit0 * 4 + threadIdx.x % 4) * kPerWord;
     const bool exists = channel < RG_CHANNELS && n < RG_N_CHANNELS;
     const long long ci = RG_FORWARD ? k0 : n, co = RG_FORWARD ? n : k0;
     const long long next_k = RG_FORWARD ? TCONV_CO * RG_NUM_TAPS : weight_last ? 1 : RG_NUM_TAPS;
     const storage_t* const first =
         weight + weight_element<TCONV_CO, RG_NUM_TAPS>(weight_last, group * (long long)TCONV_CI + ci, co, 0);
     const int next_tap = weight_last ? TCONV_CO : 1;
-    unsigned* const to = packed + (long long)block * (RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64) + threadIdx.x;
+    unsigned* const to =
+        packed + (long long)block * (RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64) + unit0 * 256 + threadIdx.x;
 #pragma unroll 1
     for (int entry0 = 0; entry0 < RG_NUM_ENTRIES; entry0 += kEntries) {
-      storage_t element[kEntries][kUnits][kPerWord];
+      storage_t element[kEntries][kAtOnce][kPerWord];
 #pragma unroll
       for (int e = 0; e < kEntries; ++e) {
         const int entry = entry0 + e;
         const int tap =
             RG_NUM_ENTRIES % kEntries == 0 || entry < RG_NUM_ENTRIES ? rg_entry_tap[entry * RG_NUM_LIVE + live] : -1;
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u)
+        for (int u = 0; u < kAtOnce; ++u)
 #pragma unroll
           for (int w = 0; w < kPerWord; ++w) {
             const int past = u * 4 * kPerWord + w;
@@ -173,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(256, sizeof(storage_t) == 4 ? 6 : 4
         unsigned* const at =
             to + (long long)(begin * (RG_CHUNKS - 1) + chunk * rg_entry_count[entry] + entry) * (kUnits * 256);
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
+        for (int u = 0; u < kAtOnce; ++u) {
 #if TCONV_DTYPE_f32
           at[u * 256] = to_tf32(widen(element[e][u][0]));
 #else

@@ -264,7 +264,8 @@ void prepare_launch(Step& step) {
   for (std::size_t i = 0; i < step.epilogue.ops.size(); ++i)
     if (operand_kind(step.epilogue.ops[i].kind) == OperandKind::tensor)
       ready->tensor_operands.push_back(static_cast<std::size_t>(operand_offset(step.epilogue, static_cast<int>(i))));
-  ready->pack_blocks = static_cast<unsigned>(step.problem.groups * ready->geometry.row_blocks * ready->geometry.chunks);
+  ready->pack_blocks = static_cast<unsigned>(step.problem.groups * ready->geometry.row_blocks * ready->geometry.chunks *
+                                             ceil_div(step.config.block_k / 4, 4));
   step.state = std::shared_ptr<Loaded>(ready);
 }
 
