@@ -457,6 +457,10 @@ TEST(Registered, AConfigMayStateItsTile) {
 
   EXPECT_NE(refusal("ring_gemm_sm90:64x64x16,s7,w24,t1x300").find("that tile does not fit"), std::string::npos);
   EXPECT_NE(refusal("phase_gemm_sm80:128x32x32,s1,w4,t1x24").find("that tile does not fit"), std::string::npos);
+  EXPECT_NE(refusal("phase_gemm_sm80:128x32x32,s1,w4,b4").find("its weights have no stages"), std::string::npos);
+  for (const char* stages : {",b2", ",b9"})
+    EXPECT_NE(refusal(std::string("ring_gemm_sm90:64x64x16,s7,w24,t2x64") + stages).find("weights have 3 to 8 stages"),
+              std::string::npos);
   EXPECT_NE(refusal("gather:2x8,w4,t1x128").find("its configs have one tile"), std::string::npos);
   for (const char* end : {",t1", ",t0x64", ",tx64", ",t1x64x", ",b", ",b0", ",t-1x64", ",t1x64,k1"})
     EXPECT_NE(refusal(std::string("ring_gemm_sm90:64x64x16,s7,w24") + end).find("no kernel is named"),

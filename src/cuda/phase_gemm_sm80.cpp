@@ -182,6 +182,7 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
     g.refusal = std::move(why);
     return g;
   };
+  if (config.weight_stages > 0) return refuse("its weights have no stages");
   g.threads = config.warps * 32;
   g.wn = std::min(config.block_n, 64);
   g.warps_n = config.block_n / g.wn;

@@ -432,6 +432,10 @@ Geometry config_geometry(const Problem& problem, const Epilogue& epilogue, const
   g.chunks = static_cast<int>(ceil_div(g.words, config.block_k));
   if (config.block_k > 8 && config.block_k / 2 >= g.words) return refuse("block_k is over twice the channels");
   if (splits_passes(config) && g.passes.size() == 1) return refuse("one pass cannot be split");
+  if (config.weight_stages > 0 &&
+      (config.weight_stages < kLeastWeightStages || config.weight_stages > kMostWeightStages))
+    return refuse("weights have " + std::to_string(kLeastWeightStages) + " to " + std::to_string(kMostWeightStages) +
+                  " stages");
   if (config.split & kSplitRows) {
     if (g.row_blocks == 1) return refuse("one row block cannot be split");
     g.row_groups = 2;
