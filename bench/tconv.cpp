@@ -46,12 +46,13 @@ options
   --problems FILE    one problem a line, after those on the command line; # starts a comment
   --device NAME      cpu, cuda, cuda:1 (this machine), or for plan and compile one of h200 a100 cpu_avx512_bf16
                      cpu_avx512 cpu_avx2 cpu_portable. Default: cpu; check also runs on cuda when there is one
-  --only NAME        a kernel, or kernel:config, where it has a choice with its tile and stages of weights: config,t2x64,b4
+  --only NAME        a kernel, or kernel:config; some configs take a tile of positions and stages of
+                     weights, in this order: kernel:config,t2x64,b4
   --arch ARCH        compile: sm_80, sm_90a ... Default: that of the device
   --chosen           check, compile: only what the planner chooses, not every kernel and config that fits
   --top N            tune, compile: only the N configs of each kernel with the lowest predicted cost. Default of tune: 6
-  --tiles N          tune, compile: with --top, the N tiles of each of those configs with the lowest predicted cost, where
-                     the kernel has a choice. Default: 1
+  --tiles N          tune, compile: with --top, the N tiles of each of those configs with the lowest
+                     predicted cost, where the kernel has a choice. Default: 1
   --out FILE         tune: where to write the lines of a measured_<device>.def table; TCONV_MEASURED=FILE uses them
   --jobs N           compile: how many at once. Default: all cores
   --reduce PRODUCTS  check, compile: shrink batch and sizes until a problem has about so many multiply-adds

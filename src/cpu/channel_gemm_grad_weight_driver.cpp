@@ -119,8 +119,7 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   }
   if (task.windows) task.vector_side = 1, task.pitch = task.lanes;
   const int v = task.vector_side, o = 1 - v;
-  for (std::int64_t tap = 0; tap < task.num_taps; ++tap) {
-    if (!task.windows) break;
+  for (std::int64_t tap = 0; task.windows && tap < task.num_taps; ++tap) {
     const std::int64_t column = tap % task.kernel[2];
     if (column >= together) {  // one more of a window
       tiling->tap_sums.push_back(tiling->tap_sums[static_cast<std::size_t>(tap - together)] + task.channels[1]);

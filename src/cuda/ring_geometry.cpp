@@ -415,10 +415,6 @@ void set_epilogue(const Problem& problem, const Epilogue& epilogue, const Config
   g.half_sums = g.early_epilogue && half;
 }
 
-}  // namespace
-
-namespace {
-
 // What a config makes of a layer, without its tile; or a refusal.
 Geometry config_geometry(const Problem& problem, const Epilogue& epilogue, const Config& config,
                          const Geometry& layer) {
@@ -455,12 +451,12 @@ Geometry config_geometry(const Problem& problem, const Epilogue& epilogue, const
   return g;
 }
 
-// visit(geometry, cost) for every tile of these widths that fits shared memory, or for the one that the config states.
+// visit(geometry, cost) for every tile of these widths that fits shared memory and is not another than the config states.
 template <typename Visit>
 void each_tile(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
                const Geometry& base, const std::vector<int>& widths, Visit visit) {
   for (int beside = 0; beside < (base.row_groups == 2 ? 1 : 2); ++beside)  // runs above each other, or side by side
-    for (int tw : config.tile_w > 0 ? std::vector<int>{config.tile_w >> beside} : widths) {
+    for (int tw : widths) {
       if (tw < 4 || tw > config.block_n) continue;
       if (tw > 8 && tw / 2 >= base.lattice[2]) continue;
       const int all_columns = beside ? 2 * tw : tw;
@@ -469,9 +465,10 @@ void each_tile(const Problem& problem, const Epilogue& epilogue, const Device& d
       const int most = (config.block_n - tw) / columns.length + 1;
       const int groups_high = beside || base.row_groups == 2 ? 1 : 2;
       const int wanted = static_cast<int>(std::min<int64_t>(most, ceil_div(base.lattice[1], groups_high)));
-      const int stated = config.tile_h % groups_high == 0 ? config.tile_h / groups_high : 0;
-      for (int th : config.tile_w > 0 ? std::vector<int>{stated} : std::vector<int>{most, wanted}) {
+      const int stated = config.tile_h / groups_high;
+      for (int th : {stated > 0 ? stated : most, stated > 0 ? stated : wanted}) {
         if (th < 1 || th > std::min(most, 256)) continue;
+        if (config.tile_h > 0 && th * groups_high != config.tile_h) continue;
         Geometry t = base;
         t.staged[2] = columns;
         if (!set_tile(problem, th, tw, groups_high, t) || !lay_out(problem, device, config, t)) continue;
@@ -495,7 +492,9 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
   if (!g.refusal.empty()) return g;
   double best = std::numeric_limits<double>::max();
   const Geometry base = g;
-  each_tile(problem, epilogue, device, config, base, tile_widths(config, base), [&](const Geometry& tile, double cost) {
+  const std::vector<int> widths =
+      config.tile_w > 0 ? std::vector<int>{config.tile_w, config.tile_w / 2} : tile_widths(config, base);
+  each_tile(problem, epilogue, device, config, base, widths, [&](const Geometry& tile, double cost) {
     if (cost >= best) return;
     best = cost;
     g = tile;
@@ -516,15 +515,12 @@ std::vector<Config> tiles(const Problem& problem, const Epilogue& epilogue, cons
   each_tile(problem, epilogue, device, config, base, widths,
             [&](const Geometry& tile, double cost) { by_cost.emplace(cost, tile); });
   const Geometry own = geometry(problem, epilogue, device, config, layer);
-  const auto is_own = [&](const Geometry& g) {
-    return g.th == own.th && g.tw == own.tw && g.group_rows == own.group_rows;
-  };
   std::set<std::pair<int, int>> seen;
   for (const auto& [cost, g] : by_cost) {
     Config with_tile = config;
     with_tile.tile_h = tile_height(g), with_tile.tile_w = tile_width(g);
     if (!seen.emplace(with_tile.tile_h, with_tile.tile_w).second) continue;
-    if (!is_own(g)) found.push_back(with_tile);
+    if (tile_height(g) != tile_height(own) || tile_width(g) != tile_width(own)) found.push_back(with_tile);
     if (g.weights_stay || g.weight_stages <= kFewWeightStages) continue;
     // Fewer weights on their way where that leaves room for more positions.
     with_tile.weight_stages = kFewWeightStages;
