@@ -116,8 +116,9 @@ struct WeightFragments {
 };
 
 // 16 positions over 8 words as the tensor core takes them: once per shift, for all products that use it. Of two parts the big
-// one is rounded to nearest and the small one what that leaves, which is exact; the tensor core drops its bits below 2^-21 of
-// the value. Three instructions; cvt.rna for both takes seven. A value that is not finite leaves NaN.
+// one is the value itself, of which the tensor core takes the upper 11 bits, and the small one the other 13, of which it takes
+// 11 from the first that is set: at most 3 units in the last place are lost. Two instructions; three would round the big part
+// to nearest, seven both (cvt.rna). A value that is not finite leaves NaN.
 template <int kParts>
 struct LineFragments {
   unsigned word[kParts][4];
@@ -126,8 +127,9 @@ struct LineFragments {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
 #if TCONV_DTYPE_f32
-      word[0][r] = kParts == 1 ? nearest_tf32(raw[r]) : (raw[r] + 0x1000) & 0xffffe000;
-      if (kParts == 2) word[kParts - 1][r] = __float_as_uint(__uint_as_float(raw[r]) - __uint_as_float(word[0][r]));
+      word[0][r] = kParts == 1 ? nearest_tf32(raw[r]) : raw[r];
+      if (kParts == 2)
+        word[kParts - 1][r] = __float_as_uint(__uint_as_float(raw[r]) - __uint_as_float(raw[r] & 0xffffe000));
 #else
       word[0][r] = raw[r];
 #endif
@@ -136,7 +138,7 @@ struct LineFragments {
 };
 
 #if TCONV_DTYPE_f32
-// fp32 accuracy: x = big + small on both sides; small * small, below 2^-22, is left out. kZero: the sum before was zero.
+// fp32 accuracy: x = big + small on both sides; small * small, below 2^-21, is left out. kZero: the sum before was zero.
 template <bool kZero, int kNTiles, int kParts>
 __device__ __forceinline__ void multiply_parts(float (&sum)[4], const LineFragments<kParts>& line,
                                                const WeightFragments<kNTiles, kParts>& weights, int ni) {

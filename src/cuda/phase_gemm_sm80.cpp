@@ -508,6 +508,9 @@ std::vector<Unit> units(const Step& step) {
   define("PG_ROWS_H", list(g.rows[1].relative));
   define("PG_PLANES_W", list(g.columns.base));
   define("PG_ENTRY_BEGIN", list(tables.entry_begin));
+  const bool empty =
+      std::adjacent_find(tables.entry_begin.begin(), tables.entry_begin.end()) != tables.entry_begin.end();
+  define("PG_EMPTY_PASSES", empty ? 1 : 0);
   define("PG_ENTRY_WORD", list(tables.entry_word));
   define("PG_ENTRY_MASK", list(tables.entry_mask));
   define("PG_STATIC", g.unrolled ? 1 : 0);

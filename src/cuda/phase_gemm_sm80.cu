@@ -43,6 +43,12 @@ constexpr int kSlots = PG_GROUPS * PG_LIVE;
 constexpr bool kEntrySums = PG_ENTRY_SUMS;
 constexpr int kFragment = PG_WN * 8 * kParts;  // packed words of one (tap, k8) for a warp's columns
 constexpr int kOutPitch = PG_OUT_PITCH;
+struct True {
+  static constexpr bool value = true;
+};
+struct False {
+  static constexpr bool value = false;
+};
 constexpr bool kWholeColumns = PG_NBLOCKS * PG_WARPS_N * PG_WN == PG_N;  // no column is beyond the channels
 
 struct PhaseGemmArgs {
@@ -188,14 +194,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
 
   int load = 0;
   for (int pass = pass_begin; pass < pass_end; ++pass) {
+    if (!kEntrySums || PG_EMPTY_PASSES) {  // the first entry of a pass is what its sums are
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s)
+      for (int s = 0; s < kSlots; ++s)
 #pragma unroll
-      for (int mi = 0; mi < kMTiles; ++mi)
+        for (int mi = 0; mi < kMTiles; ++mi)
 #pragma unroll
-        for (int ni = 0; ni < kNTiles; ++ni)
+          for (int ni = 0; ni < kNTiles; ++ni)
 #pragma unroll
-          for (int r = 0; r < 4; ++r) acc[s][mi][ni][r] = 0.f;
+            for (int r = 0; r < 4; ++r) acc[s][mi][ni][r] = 0.f;
+    }
 
     // Fragments lie in the order of their use, so the next ones are always at the next address (behind the last lies one
     // spare fragment); they travel from L1 or L2 behind the products of the current ones.
@@ -218,10 +226,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
 
       // 3 multiply: a line's words are read and rounded once for all slots of the shift.
       const int entry_end = pg_entry_begin[pass + 1];
-      for (int entry = pg_entry_begin[pass]; entry < entry_end; ++entry) {
+      const auto multiply_entry = [&](int entry, auto begins) {
+        // What an entry adds to a slot, summed from zero; or the slot's sums themselves.
+        constexpr bool kApart = kEntrySums && !decltype(begins)::value;
         const unsigned* x = tile + pg_entry_word[entry];
         const int mask = pg_entry_mask[entry];
-        float sum[kEntrySums ? kSlots : 1][kMTiles][kNTiles][4];
+        float sum[kApart ? kSlots : 1][kMTiles][kNTiles][4];
 #pragma unroll PG_STEPS_AT_ONCE
         for (int k8 = 0; k8 < PG_KC / 8; ++k8) {
 #pragma unroll
@@ -252,10 +262,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
                   for (int mi = 0; mi < kMTiles; ++mi)
 #pragma unroll
                     for (int ni = 0; ni < kNTiles; ++ni) {
+                      float (&to)[4] = kApart ? sum[kApart ? s : 0][mi][ni] : acc[s][mi][ni];
                       if (first)
-                        multiply_parts<true>(sum[s][mi][ni], lines[mi], current, ni);
+                        multiply_parts<true>(to, lines[mi], current, ni);
                       else
-                        multiply_parts<false>(sum[s][mi][ni], lines[mi], current, ni);
+                        multiply_parts<false>(to, lines[mi], current, ni);
                     }
                 } else
 #endif
@@ -268,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
             }
           }
         }
-        if (kEntrySums) {
+        if (kApart) {
 #pragma unroll
           for (int s = 0; s < kSlots; ++s)
 #pragma unroll
@@ -276,9 +287,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, PG_MIN_BLOCKS) phase_gemm
 #pragma unroll
               for (int ni = 0; ni < kNTiles; ++ni)
 #pragma unroll
-                for (int r = 0; r < 4; ++r) acc[s][mi][ni][r] += sum[kEntrySums ? s : 0][mi][ni][r];
+                for (int r = 0; r < 4; ++r) acc[s][mi][ni][r] += sum[kApart ? s : 0][mi][ni][r];
         }
-      }
+      };
+      int entry = pg_entry_begin[pass];
+      if (kEntrySums && chunk == 0 && entry < entry_end) multiply_entry(entry++, True());
+      for (; entry < entry_end; ++entry) multiply_entry(entry, False());
     }
 
     // 4 epilogue and 5 store: through the warp's own stage, so that a store instruction writes whole lines.
