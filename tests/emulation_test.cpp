@@ -277,6 +277,20 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"2d c32>40 i9x21 t2x2 s3 f16 | bias add_channel", "64x64x16,s3,w20"},
                     // a tile that the config states
                     Case{"3d c32>32 i2x3x64 t3x3x3 s2 p1 tf32", "64x64x16,s7,w24,t2x64,b4"},
+                    // blocks that walk along the depth, or the height; tensors that the copy engine cannot take
+                    Case{"3d b2 c32>32 i5x3x64 t3x3x3 s2 p1 tf32", "64x128x16,s7,w20,k4,t2x64"},
+                    Case{"3d c32>40 i6x3x32 t3x3x3 p1 tf32 | bias", "64x128x16,s3,w20,k4"},
+                    Case{"3d b3 c32>24 i4x3x9 t5x3x3 s2x1x1 p1 d2x1x1 f16", "64x128x16,s7,w20,k4"},
+                    Case{"3d c32>32 i6x5x12 t3x3x3 s2 p1 op1 grad_input tf32", "64x128x16,s7,w20,k4"},
+                    Case{"2d b2 c64>64 i15x41 t3x3 f16 channels_last | bias", "64x136x32,s1,w20,k4"},
+                    Case{"2d c64>64 i9x41 t3x3 f16 channels_last", "64x200x32,s1,w16,k4", 1},
+                    Case{"2d b2 c24>72 i9x40 t3x3 tf32 | bias", "64x96x16,s1,w20,k6"},
+                    Case{"2d b3 c64>72 i7x44 t3x3 tf32 | bias", "64x128x32,s7,w20,k6"},
+                    Case{"2d c64>64 i7x43 t3x3 tf32", "64x128x32,s3,w20,k4", 1},
+                    Case{"2d b3 c40>64 i7x44 t4x4 s2 p1 bf16 channels_last", "64x128x16,s3,w20,k4"},
+                    // passes of the width phases that have the same shifts
+                    Case{"1d b5 c64>32 i40 t16 s8 p4 tf32 | bias", "64x96x32,s1,w20,k9"},
+                    Case{"1d c64>40 i60 t16 s8 p4 f16", "64x136x32,s1,w20,k10"},
                     // two row blocks at the same positions; the last one alone
                     Case{"2d c32>160 i9x20 t3x3 tf32 | bias", "64x120x16,s3,w20,k2"},
                     // the copy engine: as the tensor is, from a copy, gathered, stepped, in parts

@@ -18,7 +18,12 @@ void assign(bf16_t& to, float x) { to.bits = emulated_bf16_of(x); }
 }  // namespace
 
 int main() {
-  const long long batch = EMULATED_BATCH, input[3] = {EMULATED_INPUT}, output[3] = {EMULATED_OUTPUT};
+  const long long batch = EMULATED_BATCH;
+  long long input[3] = {EMULATED_INPUT}, output[3] = {EMULATED_OUTPUT};
+  if (RG_WINDOW > 0 && input[0] == 1) {  // a 2d layer whose height is walked as a depth
+    std::swap(input[0], input[1]);
+    std::swap(output[0], output[1]);
+  }
   const int kernel[3] = {TCONV_K0, TCONV_K1, TCONV_K2}, stride[3] = {TCONV_S0, TCONV_S1, TCONV_S2};
   const int padding[3] = {TCONV_P0, TCONV_P1, TCONV_P2}, dilation[3] = {TCONV_D0, TCONV_D1, TCONV_D2};
   const bool forward = RG_FORWARD, last = TCONV_CHANNELS_LAST, images = TCONV_RANK == 1;
@@ -58,8 +63,12 @@ int main() {
   };
   a.tiles_d = tiles(a.result_d, RG_OUT_D, 1), a.tiles_h = tiles(a.result_h, RG_OUT_H, RG_TILE_H);
   a.tiles_w = tiles(a.result_w, RG_OUT_W, RG_TILE_W);
-  a.items = static_cast<unsigned>(a.tiles_d * a.tiles_h * a.tiles_w * (images ? 1 : batch)) * TCONV_GROUPS *
-            ((RG_ROW_BLOCKS + RG_ROW_GROUPS - 1) / RG_ROW_GROUPS) * (RG_PASS_PER_ITEM ? RG_NUM_PASSES : 1);
+  constexpr int kRowItems = (RG_ROW_BLOCKS + RG_ROW_GROUPS - 1) / RG_ROW_GROUPS;
+  a.segment = RG_WINDOW > 0 ? std::max(1, a.tiles_d * 2 / 3) : 1;
+  a.segments_d = (a.tiles_d + a.segment - 1) / a.segment;
+  a.segments_behind = a.tiles_h * a.tiles_w * kRowItems;
+  a.items = static_cast<unsigned>(a.segments_d * a.tiles_h * a.tiles_w * (images ? 1 : batch)) * TCONV_GROUPS *
+            kRowItems * (RG_PASS_PER_ITEM ? RG_NUM_PASSES : 1);
   constexpr int kUnit = 16 / sizeof(storage_t), kWide = 16 / sizeof(output_t);
   alignas(16) static unsigned packed[TCONV_GROUPS * RG_ROW_BLOCKS * RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64];
   constexpr unsigned kPackBlocks = TCONV_GROUPS * RG_ROW_BLOCKS * RG_CHUNKS * ((RG_KC / 4 + 3) / 4);

@@ -43,7 +43,7 @@ __device__ __forceinline__ Place position_place(const RingGemmArgs& a, int p) {
 // ahead of the cursor of the stores, across stages and items, so the flow never drains. Loads to registers cannot do
 // this: the compiler makes one counter of all of them, and the first use waits for the last.
 struct Cursor {
-  unsigned item;
+  Items items;
   int load, loads, round;
   int d0, h0, w0, channel;   // of the tile's first position; first channel of the chunk
   const storage_t* origin;   // element of that position and channel; may lie outside the tensor
@@ -51,21 +51,31 @@ struct Cursor {
   const storage_t* unit;     // contiguous: of the thread's unit of channels, which is that of all its vector pieces
   bool valid, interior;      // interior: nothing that is staged or read along with it lies outside its row
 
+  __device__ __forceinline__ explicit Cursor(const RingGemmArgs& a) : items(a) { find(a); }
+  __device__ __forceinline__ void find_interior(const RingGemmArgs& a) {
+    constexpr int kAlong = TCONV_CHANNELS_LAST ? 0 : 3;  // a vector may begin so many elements early, or end late
+    interior = d0 + RG_LOW_D >= 0 && d0 + RG_HIGH_D < a.source_d && h0 + RG_LOW_H >= 0 && h0 + RG_HIGH_H < a.source_h &&
+               w0 + RG_SPAN_BEGIN - kAlong >= 0 && w0 + RG_SPAN_BEGIN + RG_SPAN + kAlong <= a.source_w;
+  }
   __device__ __forceinline__ void find(const RingGemmArgs& a) {
     valid = false;
-    for (; item < a.items; item += gridDim.x) {
-      const Item at = locate(a, item);
+    for (; items.any(); items.advance(a)) {
+      const Item at = locate(a, items);
+#if RG_WINDOW
+      const int rows = items.at == 0 ? RG_WINDOW : RG_SRC_D;
+      loads = rows * RG_CHUNKS;
+      d0 = at.q_d * RG_SRC_D + RG_WINDOW - rows;
+#else
       loads = loads_of(at);
       if (loads == 0) continue;
-      d0 = at.q_d * RG_SRC_D, h0 = at.q_h * RG_SRC_H, w0 = at.q_w * RG_SRC_W;
+      d0 = at.q_d * RG_SRC_D;
+#endif
+      h0 = at.q_h * RG_SRC_H, w0 = at.q_w * RG_SRC_W;
       image = static_cast<int>(at.b), first_channel = at.group * RG_K;
       origin = a.source + at.b * a.source_image + d0 * a.source_slab + h0 * a.source_row;
       origin += TCONV_CHANNELS_LAST ? w0 * a.source_inner + (long long)at.group * RG_K
                                     : w0 + (long long)at.group * RG_K * a.source_inner;
-      constexpr int kAlong = TCONV_CHANNELS_LAST ? 0 : 3;  // a vector may begin so many elements early, or end late
-      interior = d0 + RG_LOW_D >= 0 && d0 + RG_HIGH_D < a.source_d && h0 + RG_LOW_H >= 0 &&
-                 h0 + RG_HIGH_H < a.source_h && w0 + RG_SPAN_BEGIN - kAlong >= 0 &&
-                 w0 + RG_SPAN_BEGIN + RG_SPAN + kAlong <= a.source_w;
+      find_interior(a);
       load = round = channel = 0;
       unit = origin + threadIdx.x % kUnits * kPerUnit * a.source_inner;
       valid = true;
@@ -78,11 +88,16 @@ struct Cursor {
     if (++load < loads) {
       const int next = load % RG_CHUNKS * (kUnits * kPerUnit);
       origin += (next - channel) * (TCONV_CHANNELS_LAST ? 1 : a.source_inner);
+      if (RG_WINDOW && load % RG_CHUNKS == 0) {
+        ++d0;
+        origin += a.source_slab;
+        find_interior(a);
+      }
       unit = origin + threadIdx.x % kUnits * kPerUnit * a.source_inner;
       channel = next;
       return;
     }
-    item += gridDim.x;
+    items.advance(a);
     find(a);
   }
   __device__ __forceinline__ bool row_inside(const RingGemmArgs& a, int reach) const {
@@ -176,13 +191,13 @@ __device__ __forceinline__ void store_piece(uint4* raw, int k, const RingGemmArg
 // 16-bit units need no rounding: copied to where they belong. A stage is handed over once kLag later ones are under way.
 __device__ __forceinline__ void copy_tiles(const RingGemmArgs& a, const Place* places, const int* reaches, uint4* tiles,
                                            Barrier* full, Barrier* empty, int thread) {
-  // Chunks that stay for all passes are only given back together, so all of them must have been handed over before the
-  // wait for the first of them.
-  constexpr int kMost = RG_RESIDENT ? RG_STAGES - RG_CHUNKS : RG_STAGES - 2;
+  // Chunks that stay for all passes, or a window, are only given back when all of them have been handed over, so they must
+  // be before the wait for a place behind them.
+  constexpr int kMost = RG_WINDOW     ? RG_STAGES - RG_WINDOW * RG_CHUNKS
+                        : RG_RESIDENT ? RG_STAGES - RG_CHUNKS
+                                      : RG_STAGES - 2;
   constexpr int kLag = kMost < 2 ? kMost : 2;
-  Cursor now;
-  now.item = blockIdx.x;
-  now.find(a);
+  Cursor now(a);
   RingPlace<RG_STAGES> at, behind;
   int filled = 0;
   auto hand_over = [&]() {
@@ -376,10 +391,7 @@ __device__ __forceinline__ void load_tiles(const RingGemmArgs& a, const Place* p
   constexpr int kCount = kVector ? kVectorPieces : kPieces;
 #endif
   constexpr int kRound = kSlots * kLoaders, kRounds = (kCount + kRound - 1) / kRound;
-  Cursor ahead;
-  ahead.item = blockIdx.x;
-  ahead.find(a);
-  Cursor now = ahead;
+  Cursor ahead(a), now = ahead;
   RingPlace<RG_STAGES> at;
 #pragma unroll 1
   for (int k = 0; k < kSlots; ++k) {

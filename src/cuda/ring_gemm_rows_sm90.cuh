@@ -96,9 +96,7 @@ __device__ __forceinline__ void load_rows(const RingGemmArgs& a, uint4* raw, uin
   raw += warp * (RG_RAW_SLOTS * kRawUnits);
   arrived += warp * RG_RAW_SLOTS;
   uint4* const nowhere = raw + (RG_LOAD_WARPS - warp) * (RG_RAW_SLOTS * kRawUnits);
-  Cursor now;
-  now.item = blockIdx.x;
-  now.find(a);
+  Cursor now(a);
   // Lane 0 tells the copy engine what comes next, RG_RAW_SLOTS boxes ahead.
   Cursor ahead = now;
   int ahead_box = warp;

@@ -21,16 +21,21 @@ using std::int64_t;
 // block_m 64 rows times the neighbouring results of a row that are folded into them (few channels would leave rows
 // empty), block_n positions a warpgroup at most, block_k words per chunk, stages: warps that load (1: the copy engine
 // does), warps: all; what is left of them stores. split 1: every phase pair an item of its own; 2: the warpgroups take
-// neighbouring row blocks at the same positions; 3: both.
+// neighbouring row blocks at the same positions; 4: blocks walk along the depth (the height of 2d layers), so that
+// neighbouring items share what is staged of the source; 8: a pass has only so many width phases as have the same shifts.
 // 24 warps have 80 registers each: fp32 rows of 32 words spill there.
 #define SPLITS(m, n, k, s, w) {m, n, k, s, w, 0}, {m, n, k, s, w, 1}, {m, n, k, s, w, 2}, {m, n, k, s, w, 3}
 #define CHUNKS(m, n, s, w) SPLITS(m, n, 8, s, w), SPLITS(m, n, 16, s, w), SPLITS(m, n, 32, s, w)
+#define WALKS(m, n, s, w) {m, n, 16, s, w, 4}, {m, n, 32, s, w, 4}, {m, n, 16, s, w, 6}, {m, n, 32, s, w, 6}
+#define WIDTHS(m, n, s, w) {m, n, 32, s, w, 8}, {m, n, 32, s, w, 9}, {m, n, 32, s, w, 10}, {m, n, 32, s, w, 11}
 constexpr Config kConfigs[] = {
     CHUNKS(64, 184, 3, 16),  CHUNKS(64, 120, 7, 20),   CHUNKS(64, 120, 3, 20),    CHUNKS(64, 64, 7, 20),
     CHUNKS(64, 64, 3, 20),   SPLITS(64, 64, 8, 7, 24), SPLITS(64, 64, 16, 7, 24), CHUNKS(64, 32, 7, 20),
     CHUNKS(128, 184, 3, 16), CHUNKS(128, 120, 7, 20),  CHUNKS(256, 184, 3, 16),   CHUNKS(256, 120, 7, 20),
     CHUNKS(512, 120, 7, 20), CHUNKS(512, 64, 7, 20),   CHUNKS(64, 200, 1, 16),    CHUNKS(64, 136, 1, 20),
-    CHUNKS(64, 96, 1, 20),   CHUNKS(64, 48, 1, 20),    CHUNKS(128, 200, 1, 16),   CHUNKS(256, 200, 1, 16)};
+    CHUNKS(64, 96, 1, 20),   CHUNKS(64, 48, 1, 20),    CHUNKS(128, 200, 1, 16),   CHUNKS(256, 200, 1, 16),
+    WALKS(64, 128, 7, 20),   WALKS(64, 128, 3, 20),    WALKS(64, 200, 1, 16),     WALKS(64, 136, 1, 20),
+    WALKS(64, 96, 1, 20),    WIDTHS(64, 96, 1, 20),    WIDTHS(64, 136, 1, 20),    WIDTHS(64, 48, 1, 20)};
 
 // A copy of the source holds so many images as fit the first number, at least one; that may not be over the second.
 constexpr std::size_t kWantedPackedBytes = std::size_t{256} << 20, kMostPackedBytes = std::size_t{512} << 20;
@@ -61,23 +66,22 @@ std::size_t weight_workspace(const Problem& problem, const Config& config, const
   return (packed_words(problem, config, g) * 4 + 255) / 256 * 256;
 }
 
-int fold_of(const Config& config) { return config.block_m / 64; }
-
-Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config) {
+Fit fit(const Problem& layer, const Epilogue& epilogue, const Device& device, const Config& config) {
   Fit fit;
   if (device.backend != Backend::cuda || device.compute_capability != 90) {
     fit.refusal = "needs compute capability 9.0 (wgmma)";
     return fit;
   }
-  thread_local Problem cached_problem;
-  thread_local std::map<int, Geometry> cached_layers;  // by fold
-  if (!(cached_problem == problem)) {
+  const Problem problem = seen_by(config, layer);
+  thread_local Problem cached_layer;
+  thread_local std::map<int, Geometry> cached_layers;  // by layer_key
+  if (!(cached_layer == layer)) {
     cached_layers.clear();
-    cached_problem = problem;
+    cached_layer = layer;
   }
-  auto cached = cached_layers.find(fold_of(config));
+  auto cached = cached_layers.find(layer_key(config));
   if (cached == cached_layers.end())
-    cached = cached_layers.emplace(fold_of(config), layer_geometry(problem, fold_of(config))).first;
+    cached = cached_layers.emplace(layer_key(config), layer_geometry(problem, config)).first;
   const Geometry g = geometry(problem, epilogue, device, config, cached->second);
   fit.refusal = g.refusal;
   if (fit && problem.batch * volume(g.forward ? problem.input : output_size(problem)) == 0)
@@ -123,13 +127,16 @@ Fit fit(const Problem& problem, const Epilogue& epilogue, const Device& device, 
 
 std::vector<Config> tiles_of(const Problem& problem, const Epilogue& epilogue, const Device& device,
                              const Config& config) {
-  return tiles(problem, epilogue, device, config, layer_geometry(problem, fold_of(config)));
+  const Problem seen = seen_by(config, problem);
+  return tiles(seen, epilogue, device, config, layer_geometry(seen, config));
 }
 
-std::vector<Unit> units(const Step& step) {
+std::vector<Unit> units(const Step& given) {
+  Step step = given;
+  step.problem = seen_by(step.config, step.problem);
   const Problem& problem = step.problem;
   const Config& config = step.config;
-  const Geometry g = geometry(problem, step.epilogue, step.device, config, layer_geometry(problem, fold_of(config)));
+  const Geometry g = geometry(problem, step.epilogue, step.device, config, layer_geometry(problem, config));
   std::ostringstream text;
   text << layer_prelude(step);
   auto define = [&text](const char* name, auto value) { text << "#define " << name << ' ' << value << '\n'; };
@@ -148,16 +155,18 @@ std::vector<Unit> units(const Step& step) {
   define("RG_KC", config.block_k);
   define("RG_CHUNKS", g.chunks);
   define("RG_ROW_BLOCKS", g.row_blocks);
-  std::vector<int> begin{0}, word, phase, tap, entry_pass, entry_count;
+  std::vector<int> begin{0}, word, phase, tap, entry_pass, entry_count, pass_row;
   const int kh = static_cast<int>(problem.kernel[1]), kw = static_cast<int>(problem.kernel[2]);
   const int rows_d = static_cast<int>(g.staged[0].base.size()) * g.staged[0].length;
   const int rows_h = static_cast<int>(g.staged[1].base.size()) * g.staged[1].length;
   const int length = g.staged[2].length;
   for (const Pass& pass : g.passes) {
     phase.insert(phase.end(), pass.phase, pass.phase + 3);
+    int last_row = 0;
     for (const Entry& entry : pass.entries) {
-      const int in_row = g.staged[2].tap_word[entry.shift_w];  // plane * length + column
-      const int plane = in_row / length * rows_d + g.staged[0].tap_word[entry.tap_d];
+      const int in_row = g.staged[2].tap_word[entry.shift_w];     // plane * length + column
+      const int depth = g.offset[0][entry.tap_d] - g.window_low;  // row of the window
+      const int plane = in_row / length * rows_d + (g.window > 0 ? 0 : g.staged[0].tap_word[entry.tap_d]);
       const int in_rows = g.staged[1].tap_word[entry.tap_h];  // plane * length + row
       if (g.tensor) {                                         // units: the box, then its rows
         const int high = g.staged[1].length, planes_h = rows_h / high;
@@ -166,11 +175,13 @@ std::vector<Unit> units(const Step& step) {
       } else {
         word.push_back((plane * rows_h + in_rows) * length + in_row % length);
       }
+      if (g.window > 0) word.back() |= depth << 24, last_row = std::max(last_row, depth);
       for (int t : entry.tap_w) tap.push_back(t < 0 ? -1 : (entry.tap_d * kh + entry.tap_h) * kw + t);
     }
     entry_pass.resize(word.size(), begin.back());
     entry_count.resize(word.size(), static_cast<int>(pass.entries.size()));
     begin.push_back(static_cast<int>(word.size()));
+    pass_row.push_back(last_row);
   }
   define("RG_ENTRY_BEGIN", list(begin));
   define("RG_NUM_PASSES", g.passes.size());
@@ -187,6 +198,8 @@ std::vector<Unit> units(const Step& step) {
   define("RG_LOAD_WARPS", config.stages);
   define("RG_STORE_GROUPS", (config.warps - 9 - config.stages) / 4);
   define("RG_RESIDENT", g.resident ? 1 : 0);
+  define("RG_WINDOW", g.window);
+  define("RG_PASS_ROW", list(pass_row));
   define("RG_TENSOR", g.tensor ? 1 : 0);
   define("RG_BOX", g.box);
   define("RG_ROWS", g.rows ? 1 : 0);
@@ -247,6 +260,7 @@ std::vector<Unit> units(const Step& step) {
 }
 
 struct Ready : Loaded {
+  Problem problem;  // as the config sees it
   Geometry geometry;
   int64_t items = 0, images_at_once = 0;
   unsigned pack_blocks = 0;
@@ -257,10 +271,11 @@ void prepare_launch(Step& step) {
   prepare(step);
   auto ready = std::make_shared<Ready>();
   ready->functions = static_cast<const Loaded*>(step.state.get())->functions;
-  ready->geometry = geometry(step.problem, step.epilogue, step.device, step.config,
-                             layer_geometry(step.problem, fold_of(step.config)));
-  ready->items = num_items(step.problem, step.config, ready->geometry);
-  ready->images_at_once = images_at_once(step.problem, step.config, ready->geometry);
+  ready->problem = seen_by(step.config, step.problem);
+  ready->geometry =
+      geometry(ready->problem, step.epilogue, step.device, step.config, layer_geometry(ready->problem, step.config));
+  ready->items = num_items(ready->problem, step.config, ready->geometry);
+  ready->images_at_once = images_at_once(ready->problem, step.config, ready->geometry);
   for (std::size_t i = 0; i < step.epilogue.ops.size(); ++i)
     if (operand_kind(step.epilogue.ops[i].kind) == OperandKind::tensor)
       ready->tensor_operands.push_back(static_cast<std::size_t>(operand_offset(step.epilogue, static_cast<int>(i))));
@@ -329,7 +344,7 @@ TensorView rows_of(const Problem& problem, const Geometry& g, const void* first,
 
 void launch_packing(const Step& step, const Tensors& tensors, const Ready& ready, const void* source,
                     const long long (&stride)[4], int64_t images, bool with_weights, Stream stream) {
-  const Problem& problem = step.problem;
+  const Problem& problem = ready.problem;
   const Geometry& g = ready.geometry;
   const void* weight = tensors.weight;
   void* packed = tensors.workspace;
@@ -362,7 +377,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   const Current current(step.device.index);  // for the tensor maps
   const Ready& ready = *static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()));
   const Geometry& g = ready.geometry;
-  const Problem& problem = step.problem;
+  const Problem& problem = ready.problem;
   if (ready.items == 0) return;
   struct {
     const void* source;
@@ -371,6 +386,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     void* result;
     long long source_stride[4], result_stride[4];
     int source_size[3], result_size[3], tiles[3];
+    int segment, segments_d, segments_behind;
     unsigned items;
     int vector_loads, wide_stores;
     const void* operands[kMaxOperands];
@@ -391,6 +407,8 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     args.result_size[dim] = static_cast<int>(g.result_size[dim]);
     args.tiles[dim] = static_cast<int>(g.tiles[dim]);
   }
+  args.segment = static_cast<int>(g.segment), args.segments_d = static_cast<int>(ceil_div(g.tiles[0], g.segment));
+  args.segments_behind = static_cast<int>(g.tiles[1] * g.tiles[2] * ceil_div(g.row_blocks, g.row_groups));
   const auto address = reinterpret_cast<std::uintptr_t>(args.source);
   const int64_t unit = 16 / static_cast<int64_t>(size_of(problem.dtype));
   // contiguous: planes are multiples of 4 elements, so that a row starts alike in all channels

@@ -10,15 +10,18 @@
 //                       too, or, with RG_EARLY_EPILOGUE, of the multiplying warps, which have more registers; 16-bit
 //                       results are then handed over as they are stored (RG_HALF_SUMS): half the bytes, a run in one piece
 //           so loads, products and stores of neighbouring tiles overlap. Both operands lie in shared memory with k
-//           contiguous: any position is a legal start address, one staged tile serves every tap.
+//           contiguous: any position is a legal start address, one staged tile serves every tap. Where blocks walk along
+//           the depth (RG_WINDOW), a stage is one depth of the source, and an item reads the RG_WINDOW of them that
+//           follow each other; most of them are still there when the next item needs them.
 // Refuses   fp32 accuracy (the tensor core truncates its sums), fp64 (see ring_gemm_sm90.cpp)
 // Reads as  1 locate · 2 load · 3 multiply · 4 epilogue · 5 store
 // SPDX-License-Identifier: Apache-2.0
 #include "ring_sm90.cuh"
 
 __constant__ int rg_entry_begin[] = {RG_ENTRY_BEGIN};  // per pass, into rg_entry_word
-__constant__ int rg_entry_word[] = {RG_ENTRY_WORD};    // position offset in the tile
+__constant__ int rg_entry_word[] = {RG_ENTRY_WORD};    // position offset in the stage; RG_WINDOW: | row of it << 24
 __constant__ int rg_pass[] = {RG_PASS};                // depth phase, height phase, first width phase
+__constant__ int rg_pass_row[] = {RG_PASS_ROW};        // the last row of the window that a pass reads
 __constant__ int rg_planes_d[] = {RG_PLANES_D};        // source coordinate of each plane's first row or column
 __constant__ int rg_planes_h[] = {RG_PLANES_H};
 __constant__ int rg_planes_w[] = {RG_PLANES_W};
@@ -70,7 +73,8 @@ struct RingGemmArgs {
   int source_d, source_h, source_w;
   int result_d, result_h, result_w;
   int tiles_d, tiles_h, tiles_w;
-  unsigned items;
+  int segment, segments_d, segments_behind;  // RG_WINDOW: depths of a segment; segments; items of one depth
+  unsigned items;                            // RG_WINDOW: segments
   int vector_loads;  // contiguous: planes are multiples of 4 elements; channels_last: 16-byte units are aligned
   int wide_stores;  // contiguous: 16-bit rows start on 4-byte boundaries; channels_last: 16 bytes of results are aligned
   Operands operands;
@@ -87,7 +91,27 @@ struct Item {
   long long b;
 };
 
-__device__ __forceinline__ Item locate(const RingGemmArgs& a, unsigned index) {
+// The items of a block: every gridDim-th, or, where blocks walk along the depth, all of every gridDim-th segment of it.
+struct Items {
+  unsigned index, end;
+  int at = 0, length = 1;  // in the segment
+  __device__ __forceinline__ explicit Items(const RingGemmArgs& a) : index(blockIdx.x), end(a.items) { enter(a); }
+  __device__ __forceinline__ void enter(const RingGemmArgs& a) {
+#if RG_WINDOW
+    const int first = index / a.segments_behind % a.segments_d * a.segment;
+    at = 0, length = min(a.segment, a.tiles_d - first);
+#endif
+  }
+  __device__ __forceinline__ bool any() const { return index < end; }
+  __device__ __forceinline__ void advance(const RingGemmArgs& a) {
+    if (RG_WINDOW && ++at < length) return;
+    index += gridDim.x;
+    enter(a);
+  }
+};
+
+__device__ __forceinline__ Item locate(const RingGemmArgs& a, const Items& items) {
+  unsigned index = items.index;
   Item item;
   constexpr int kRowItems = (RG_ROW_BLOCKS + RG_ROW_GROUPS - 1) / RG_ROW_GROUPS;
   item.row_block = index % kRowItems * RG_ROW_GROUPS;
@@ -102,8 +126,13 @@ __device__ __forceinline__ Item locate(const RingGemmArgs& a, unsigned index) {
   index /= a.tiles_w;
   item.q_h = index % a.tiles_h * RG_TILE_H;
   index /= a.tiles_h;
+#if RG_WINDOW
+  item.q_d = index % a.segments_d * a.segment + items.at;
+  index /= a.segments_d;
+#else
   item.q_d = index % a.tiles_d;
   index /= a.tiles_d;
+#endif
   item.group = index % TCONV_GROUPS;
   item.b = index / TCONV_GROUPS;
   return item;
@@ -338,7 +367,8 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
   constexpr int kSpan = 32 * kPerLane;
   constexpr bool kOneRow = RG_TH == 1 && RG_PW == RG_OUT_W;
   // 640 threads have 96 registers each, 768 have 80.
-  constexpr int kMost = kThreads > 640 && kPerLane == 2 ? 1 : (kThreads > 512 ? 4 : 8) / kPerLane;
+  // In one row, positions cost little, and what a warp stores in one go shares no sectors with what it stores later.
+  constexpr int kMost = kThreads > 640 && kPerLane == 2 ? 1 : (kThreads <= (kOneRow ? 640 : 512) ? 8 : 4) / kPerLane;
   constexpr int kKept = (kPoints + kSpan - 1) / kSpan < kMost ? (kPoints + kSpan - 1) / kSpan : kMost;
   constexpr int kTurns = (kPoints + kKept * kSpan - 1) / (kKept * kSpan);
 #pragma unroll(kTurns <= 2 ? kTurns : 1)
@@ -366,27 +396,32 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
     long long first = item.b * a.result_image + od * a.result_slab + channel * a.result_inner;
     output_t* result = a.result + first + (kOneRow ? to[0][0] : 0u);
     const stage_t* from = stage + warp * RG_STAGE_PITCH + (x0 + lane * kPerLane) / kPerStage;
-    // Two channels at once: the sums of the second come while those of the first leave.
+    // The sums of the next channel are on their way before those of this one leave: a shared load stands behind the
+    // stores that its warp issued before it.
     constexpr int kStep = kStorers / 32;
+    stage_t x[2][kKept][kPerLane / kPerStage];
+    float bias[2];
+    auto take = [&](int c, int column) {
+      if (column >= last) return;
+      bias[c] = tconv_bias(a.bias, item.group * RG_N_CHANNELS + n_first + column);
+#pragma unroll
+      for (int i = 0; i < kKept; ++i)
+        if (kTurns > 2 || x0 + i * kSpan < kPoints)
+#pragma unroll
+          for (int e = 0; e < kPerLane / kPerStage; ++e)
+            // Behind the last channel's points lie sums of the other warpgroup.
+            x[c][i][e] = kTaps && (kPoints % kSpan == 0 || x0 + i * kSpan + lane * kPerLane + e < kPoints)
+                             ? from[i * kSpan / kPerStage + e]
+                             : stage_t();
+      from += kStep * RG_STAGE_PITCH;
+    };
+    take(0, warp);
 #pragma unroll 1
     for (int column = warp; column < last; column += 2 * kStep) {
-      stage_t x[2][kKept][kPerLane / kPerStage];
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-#pragma unroll
-        for (int i = 0; i < kKept; ++i)
-          if (kTurns > 2 || x0 + i * kSpan < kPoints)
-#pragma unroll
-            for (int e = 0; e < kPerLane / kPerStage; ++e)
-              // Behind the last channel's points lie sums of the other warpgroup.
-              x[c][i][e] = kTaps && (c == 0 || column + kStep < last) &&
-                                   (kPoints % kSpan == 0 || x0 + i * kSpan + lane * kPerLane + e < kPoints)
-                               ? from[c * kStep * RG_STAGE_PITCH + i * kSpan / kPerStage + e]
-                               : stage_t();
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         if (c == 1 && column + kStep >= last) break;
-        const float bias = tconv_bias(a.bias, channel);
+        take(1 - c, column + (c + 1) * kStep);
         result = opaque_global(result);
 #pragma unroll
         for (int i = 0; i < kKept; ++i) {
@@ -396,7 +431,7 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
           for (int e = 0; e < kPerLane; ++e)
             value[e] = RG_HALF_SUMS && kTaps
                            ? low_half<output_t>(static_cast<unsigned>(x[c][i][0]) >> e * 16)
-                           : stored_value<kFinished>(a, x[c][i][e / kPerStage], bias, channel, first + to[i][e]);
+                           : stored_value<kFinished>(a, x[c][i][e / kPerStage], bias[c], channel, first + to[i][e]);
           output_t* const there = result + (kOneRow ? i * kSpan : to[i][0]);
           if (paired[i]) {
             *reinterpret_cast<unsigned*>(there) = pack_words(value[0], value[kPerLane - 1]);
@@ -410,7 +445,6 @@ __device__ __forceinline__ void store_run(const RingGemmArgs& a, const Item& ite
         first += kStep * a.result_inner;
         result += kStep * a.result_inner;
       }
-      from += 2 * kStep * RG_STAGE_PITCH;
     }
   }
 #endif
@@ -467,29 +501,54 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
     const unsigned first_row = operand_word(weights + (RG_ROW_GROUPS == 2 ? warpgroup * kGroupWords : 0), 1024);
     const unsigned first_column =
         operand_word(tiles + warpgroup * (RG_GROUP_ROWS * RG_JW + RG_GROUP_COLUMNS) * kPositionUnits, kPlaneBytes);
-    RingPlace<RG_STAGES> at;
+    RingPlace<RG_STAGES> at;  // RG_WINDOW: of the next stage that is not known to be full
     RingPlace<RG_WEIGHT_STAGES> rows_at;
+#if RG_WINDOW
+    int window_at = 0, known = 0;  // the stage of the window's first row; how many from there on are full
+    auto stage_of = [&](int row, int chunk) {
+      const int stage = window_at + row * RG_CHUNKS + chunk;
+      return stage < RG_STAGES ? stage : stage - RG_STAGES;
+    };
+#endif
 #if RG_TENSOR
     const bool by_engine = a.tensor;
 #else
     constexpr bool by_engine = false;
 #endif
     bool handed_over = false;
-    for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
-      const Item item = locate(a, index);
+    for (Items items(a); items.any(); items.advance(a)) {
+      const Item item = locate(a, items);
       int last_pass = -1;
       for (int pass = item.pass_begin; pass < item.pass_end; ++pass)
         if (rg_entry_begin[pass] < rg_entry_begin[pass + 1]) last_pass = pass;
       bool first_pass = true;
       RingPlace<RG_STAGES> item_at = at;
+#if RG_WINDOW
+      const int behind = items.at + 1 < items.length ? RG_SRC_D : RG_WINDOW;  // rows that no later item reads
+#endif
       for (int pass = item.pass_begin; pass <= last_pass; ++pass) {
         const int entry_begin = rg_entry_begin[pass], entry_end = rg_entry_begin[pass + 1];
         if (entry_begin == entry_end) continue;
         float sum[kSums];
         int accumulate = 0;
-        int rows_behind = -1, tile_behind = -1;  // stages that the products under way read last
-        if (RG_RESIDENT) at = item_at;
+        int rows_behind = -1, tile_behind = -1;  // stages (RG_WINDOW: chunk) that the products under way read last
+        auto leave_tile = [&]() {
+#if RG_WINDOW
+          for (int row = 0; row < behind; ++row) barrier_arrive(empty + stage_of(row, tile_behind));
+#else
+          barrier_arrive(empty + tile_behind);
+#endif
+        };
+        if (RG_RESIDENT && !RG_WINDOW) at = item_at;
         for (int chunk = 0; chunk < RG_CHUNKS; ++chunk) {
+#if RG_WINDOW
+          const int last_row = pass == last_pass ? max(rg_pass_row[pass], behind - 1) : rg_pass_row[pass];
+          for (const int needed = last_row * RG_CHUNKS + chunk + 1; known < needed; ++known) {
+            barrier_wait(full + at.stage, at.parity);
+            if (!by_engine) fence_shared_for_wgmma();
+            at.advance();
+          }
+#else
           if (!RG_RESIDENT || first_pass) {
             barrier_wait(full + at.stage, at.parity);
             // The tensor core reads what other threads stored in the ordinary way. The fence stands here and not with the
@@ -497,6 +556,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
             if (!by_engine) fence_shared_for_wgmma();
           }
           const unsigned tile = first_column + at.stage * kStageUnits;
+#endif
           for (int entry = entry_begin; entry < entry_end; entry += RG_ENTRIES_PER_STAGE) {
             barrier_wait(weights_full + rows_at.stage, RG_WEIGHTS_STAY ? 0 : rows_at.parity);
             const unsigned rows = first_row + rows_at.stage * (kWeightStageWords / 4);
@@ -504,7 +564,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
 #pragma unroll
             for (int e = 0; e < RG_ENTRIES_PER_STAGE; ++e) {
               if (entry + e < entry_end) {
+#if RG_WINDOW
+                const int word = rg_entry_word[entry + e];
+                const unsigned columns = first_column + stage_of(word >> 24, chunk) * kStageUnits + (word & 0xffffff);
+#else
                 const unsigned columns = tile + rg_entry_word[entry + e];
+#endif
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
                   wgmma_shared(sum, operand_descriptor(rows + (e * kEntryWords + step * 512) / 4, 8),
@@ -516,19 +581,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
             wgmma_commit();
             wgmma_wait<1>();  // the products before these have left their stages
             if (!RG_WEIGHTS_STAY && leader && rows_behind >= 0) barrier_arrive(weights_empty + rows_behind);
-            if (leader && tile_behind >= 0) barrier_arrive(empty + tile_behind);
+            if (leader && tile_behind >= 0) leave_tile();
             tile_behind = -1;
             rows_behind = rows_at.stage;
             rows_at.advance();
           }
+#if RG_WINDOW
+          if (pass == last_pass) tile_behind = chunk;
+#else
           if (!RG_RESIDENT || pass == last_pass) tile_behind = at.stage;
           at.advance();
+#endif
         }
         first_pass = false;
         wgmma_wait<0>();
         if (leader) {
           if (!RG_WEIGHTS_STAY) barrier_arrive(weights_empty + rows_behind);
-          if (tile_behind >= 0) barrier_arrive(empty + tile_behind);
+          if (tile_behind >= 0) leave_tile();
         }
         Rows own;
 #if RG_EARLY_EPILOGUE
@@ -548,6 +617,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
           come<kHandOver>(kFullSums + warpgroup);
         }
       }
+#if RG_WINDOW
+      const int stages_behind = behind * RG_CHUNKS;
+      known -= stages_behind;
+      window_at += stages_behind;
+      if (window_at >= RG_STAGES) window_at -= RG_STAGES;
+#endif
     }
     if (handed_over) meet<kHandOver>(kEmptySums + warpgroup);
     return;
@@ -585,8 +660,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
 #endif
   } else if (warp >= kFirstStorer) {  // store
     const int storer = (threadIdx.x - 32 * kFirstStorer) % kStorers;
-    for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
-      const Item item = locate(a, index);
+    for (Items items(a); items.any(); items.advance(a)) {
+      const Item item = locate(a, items);
       for (int pass = item.pass_begin; pass < item.pass_end; ++pass) {
         const bool taps = rg_entry_begin[pass] < rg_entry_begin[pass + 1];
         for (int part = 0; part < kParts; ++part) {
@@ -604,8 +679,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
     }
   } else if (warp == kWeightWarp && lane == 0) {  // weights
     RingPlace<RG_WEIGHT_STAGES> at;
-    for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
-      const Item item = locate(a, index);
+    for (Items items(a); items.any(); items.advance(a)) {
+      const Item item = locate(a, items);
       constexpr long long kBlockWords = RG_NUM_ENTRIES * RG_CHUNKS * kEntryWords;
       const unsigned* rows = a.weights + (item.group * RG_ROW_BLOCKS + item.row_block) * kBlockWords;
       // A missing last block is a copy of the one before, whose results are dropped.

@@ -40,12 +40,19 @@ __device__ __forceinline__ void gather_box(const RingGemmArgs& a, const Item& it
 __device__ __forceinline__ void load_tiles(const RingGemmArgs& a, uint4* tiles, Barrier* full, Barrier* empty,
                                            int lane) {
   RingPlace<RG_STAGES> at;
-  for (unsigned index = blockIdx.x; index < a.items; index += gridDim.x) {
-    const Item item = locate(a, index);
-    const int d0 = item.q_d * RG_SRC_D, h0 = item.q_h * RG_SRC_H, w0 = item.q_w * RG_SRC_W;
+  for (Items items(a); items.any(); items.advance(a)) {
+    const Item item = locate(a, items);
+#if RG_WINDOW
+    const int rows = items.at == 0 ? RG_WINDOW : RG_SRC_D;
+    const int loads = rows * RG_CHUNKS, first_row = RG_WINDOW - rows;
+#else
+    const int loads = loads_of(item), first_row = 0;
+#endif
+    int d0 = item.q_d * RG_SRC_D + first_row;
+    const int h0 = item.q_h * RG_SRC_H, w0 = item.q_w * RG_SRC_W;
     const int first = item.group * a.tensor_channels;
     const int image = static_cast<int>(item.b) * a.tensor_images + item.group * a.tensor_groups;
-    for (int load = loads_of(item); load > 0; --load) {
+    for (int load = loads; load > 0; --load) {
       const int chunk = RG_CHUNKS == 1 ? 0 : (RG_CHUNKS - load % RG_CHUNKS) % RG_CHUNKS;
       barrier_wait(empty + at.stage, at.parity ^ 1);
       uint4* const tile = tiles + at.stage * kStageUnits;
@@ -71,6 +78,7 @@ __device__ __forceinline__ void load_tiles(const RingGemmArgs& a, uint4* tiles, 
         if (lane == 0) barrier_arrive(full + at.stage);
       }
       at.advance();
+      if (RG_WINDOW && chunk == RG_CHUNKS - 1) ++d0;
     }
   }
 }

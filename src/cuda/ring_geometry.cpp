@@ -29,7 +29,33 @@ constexpr double kPieceCycles = 15.0, kPieceCyclesTensor = 5.0;
 
 }  // namespace
 
-Geometry layer_geometry(const Problem& problem, int fold) {
+int layer_key(const Config& config) { return config.block_m | (config.split & (kWalk | kSplitWidth)); }
+
+namespace {
+
+// The most width phases of a pass with which the fewest rows of its shifts are zeros: phases side by side reach the source
+// at different shifts, and a shift has a row for every phase.
+int phases_without_zeros(const std::vector<std::vector<std::pair<int, int>>>& phases) {
+  const int width = static_cast<int>(phases.size());
+  int best = 1, fewest = std::numeric_limits<int>::max();
+  for (int together = 1; together <= std::min(width, kMaxWidthPhases); ++together) {
+    if (width % together != 0) continue;
+    int rows = 0;
+    for (int first = 0; first < width; first += together) {
+      std::set<int> shifts;
+      for (int r = first; r < first + together; ++r)
+        for (const auto& [tap, shift] : phases[static_cast<std::size_t>(r)]) shifts.insert(shift);
+      rows += together * static_cast<int>(shifts.size());
+    }
+    if (rows <= fewest) fewest = rows, best = together;
+  }
+  return best;
+}
+
+}  // namespace
+
+Geometry layer_geometry(const Problem& problem, const Config& config) {
+  const int fold = config.block_m / 64;
   Geometry g;
   g.forward = problem.direction == Direction::forward;
   g.fold = fold;
@@ -96,8 +122,13 @@ Geometry layer_geometry(const Problem& problem, int fold) {
 
   const int width = static_cast<int>(phases[2].size());
   g.width_phases = std::min(width, kMaxWidthPhases);
+  if (config.split & kSplitWidth) {
+    const int together = phases_without_zeros(phases[2]);
+    if (together == g.width_phases) return refuse("width phases side by side have the same shifts");
+    g.width_phases = together;
+  }
   for (int rw = 0; rw < g.width_phases; ++rw)
-    if (width > kMaxWidthPhases || !phases[2][rw].empty()) g.live.push_back(rw);
+    if (width > g.width_phases || !phases[2][rw].empty()) g.live.push_back(rw);
   g.num_live = static_cast<int>(g.live.size());
   g.channels = 64 / g.num_live;
   if (fold > 1 && (width > kMaxWidthPhases || int64_t{g.n} * g.num_live > 64))
@@ -156,6 +187,15 @@ std::pair<int, int> reach_of(const Geometry& g, int dim) {
 
 bool splits_passes(const Config& config) { return (config.split & kSplitPasses) != 0; }
 
+Problem seen_by(const Config& config, const Problem& problem) {
+  if ((config.split & kWalk) == 0 || problem.rank != 2) return problem;
+  Problem seen = problem;
+  seen.rank = 3;
+  for (Dims* dims : {&seen.input, &seen.kernel, &seen.stride, &seen.padding, &seen.output_padding, &seen.dilation})
+    std::swap((*dims)[0], (*dims)[1]);
+  return seen;
+}
+
 namespace {
 
 // Products between two hand-overs of weights, both warpgroups together, in cycles: a product of n positions takes n / 2, at
@@ -191,17 +231,20 @@ Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& con
   cost.multiply = (g.half_sums ? 2.04 : 2.16) * steps * std::max(g.columns / 2.0, 32.0) + groups * (stall + 73.0) +
                   passes * share * hand_over;
   const double loads = (g.resident ? 1.0 : std::max(1.0, g.live_passes * share)) * g.chunks;
-  const double units = loads * (config.block_k / 4) * g.positions;  // 16 bytes each
+  // A block that walks stages what is new, and the whole window where it begins.
+  const auto length = static_cast<double>(g.segment);
+  const double staged = g.window == 0 ? loads : (g.source_step[0] + (g.window - g.source_step[0]) / length) * g.chunks;
+  const double units = staged * (config.block_k / 4) * g.positions;  // 16 bytes each
   const bool half = size_of(problem.dtype) == 2, last = problem.layout == Layout::channels_last;
   if (g.tensor) {
-    cost.load = units * 0.36 + 272.0 * loads;
+    cost.load = units * 0.36 + 272.0 * staged;
   } else {
     const bool gathers =
         !last && (!g.vector || volume(g.forward ? problem.input : output_size(problem)) % 4 != 0);  // word by word
     const double unit = last && half ? 2.4 : gathers ? (half ? 5.0 : 3.0) : half ? (g.rows ? 2.0 : 3.4) : 2.45;
     // A group's few channels are pieces of a sector.
     const double pieces = problem.groups > 1 ? 3.4 : 1.0;
-    cost.load = units * unit * pieces * (config.stages == 7 ? 0.96 : 1.0) + 223.0 * loads;
+    cost.load = units * unit * pieces * (config.stages == 7 ? 0.96 : 1.0) + 223.0 * staged;
   }
   double math = 0;  // of what the convolution applies, as in set_epilogue
   for (const Op& op : epilogue.ops) {
@@ -228,7 +271,7 @@ Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& con
 }  // namespace
 
 double item_cycles(const Problem& problem, const Epilogue& epilogue, const Config& config, const Geometry& g) {
-  return cost_of(problem, epilogue, config, g).total();
+  return static_cast<double>(g.segment) * cost_of(problem, epilogue, config, g).total();
 }
 
 namespace {
@@ -298,7 +341,8 @@ bool lay_out(const Problem& problem, const Device& device, const Config& config,
       g.raw_rows =
           static_cast<int>(std::clamp<int64_t>((most / (g.raw_units * row) - 1) | 1, 1, (g.staged[1].length - 1) | 1));
       const int64_t box_bytes = g.raw_units * row * g.raw_rows;
-      g.raw_slots = static_cast<int>(std::clamp<int64_t>(2 * most / box_bytes, 2, kMostRawSlots));
+      g.raw_slots = static_cast<int>(
+          std::clamp<int64_t>(2 * most / box_bytes, g.window > 0 && box_bytes > most * 3 / 2 ? 1 : 2, kMostRawSlots));
       if (g.raw_wide * unit > kMostBox || (g.raw_rows - 1) * g.source_step[1] + 1 > kMostBox) return false;
       fixed = std::max(fixed, config.stages * g.raw_slots * box_bytes + 16);
     }
@@ -314,13 +358,20 @@ bool lay_out(const Problem& problem, const Device& device, const Config& config,
                                 kLeastWeightStages, kMostWeightStages);
   const int64_t limit = static_cast<int64_t>(device.shared_memory_per_block) - kStaticBytes - fixed;
   // Parts of the sums, stages of weights (0: all stay), in the order of preference, unless the config states the stages.
-  const std::pair<int, int> choices[] = {{1, 0},
-                                         {1, wanted},
-                                         {2, 0},
-                                         {2, wanted},
-                                         {1, kLeastWeightStages},
-                                         {2, kLeastWeightStages},
-                                         {4, kLeastWeightStages}};
+  std::vector<std::pair<int, int>> choices{{1, 0},
+                                           {1, wanted},
+                                           {2, 0},
+                                           {2, wanted},
+                                           {1, kLeastWeightStages},
+                                           {2, kLeastWeightStages},
+                                           {4, kLeastWeightStages}};
+  if (g.window > 0) {  // whole rows rather than all the weights that hide their latency
+    choices.clear();
+    for (int parts : {1, 2, 4}) {
+      choices.emplace_back(parts, 0);
+      for (int stages = wanted; stages >= kLeastWeightStages; --stages) choices.emplace_back(parts, stages);
+    }
+  }
   for (const auto& [parts, stages] : choices) {
     if (stages == 0 && (!may_stay || config.weight_stages > 0)) continue;
     g.part = static_cast<int>(ceil_div(ceil_div(g.columns, 8), parts) * 8);
@@ -330,13 +381,19 @@ bool lay_out(const Problem& problem, const Device& device, const Config& config,
                       : config.weight_stages > 0 ? config.weight_stages
                                                  : stages;
     const int64_t used = g.weight_stages * weight_stage + int64_t{8} * g.sum_words;
-    const int64_t fitting = (limit - used) / stage_bytes;
-    if (used > limit || fitting < 2) continue;
+    const int64_t fitting = (limit - used) / stage_bytes, window = int64_t{g.window} * g.chunks;
+    if (used > limit || fitting < std::max<int64_t>(2, window)) continue;
+    // 1024 bytes hold the barriers of so many stages.
+    const int64_t most = (kStaticBytes - 320) / 16 - g.weight_stages;
+    if (g.window > 0) {
+      if (most < window) continue;
+      g.stages = static_cast<int>(std::min<int64_t>({fitting, window + 2 * g.source_step[0] * g.chunks, most}));
+      g.shared_bytes = static_cast<std::size_t>(g.stages * stage_bytes + used + fixed - (g.tensor ? 0 : 4 * rows));
+      return true;
+    }
     g.stages = static_cast<int>(std::min<int64_t>(fitting, kMaxStages));
     // Chunks that stay for all passes are given back together.
     g.resident = (splits_passes(config) ? 1 : g.live_passes) > 1 && fitting > g.chunks;
-    // 1024 bytes hold the barriers of so many stages.
-    const int64_t most = (kStaticBytes - 320) / 16 - g.weight_stages;
     g.resident = g.resident && most > g.chunks;
     if (g.resident) g.stages = static_cast<int>(std::min<int64_t>({fitting, std::max(2 * g.chunks, 2), most}));
     g.shared_bytes = static_cast<std::size_t>(g.stages * stage_bytes + used + fixed - (g.tensor ? 0 : 4 * rows));
@@ -383,8 +440,8 @@ bool set_tile(const Problem& problem, int th, int tw, int groups_high, Geometry&
 }  // namespace
 
 int64_t num_items(const Problem& problem, const Config& config, const Geometry& g) {
-  return g.tiles[0] * g.tiles[1] * g.tiles[2] * g.batch * problem.groups * ceil_div(g.row_blocks, g.row_groups) *
-         (splits_passes(config) ? static_cast<int64_t>(g.passes.size()) : 1);
+  return ceil_div(g.tiles[0], g.segment) * g.tiles[1] * g.tiles[2] * g.batch * problem.groups *
+         ceil_div(g.row_blocks, g.row_groups) * (splits_passes(config) ? static_cast<int64_t>(g.passes.size()) : 1);
 }
 
 namespace {
@@ -416,7 +473,7 @@ void set_epilogue(const Problem& problem, const Epilogue& epilogue, const Config
 }
 
 // What a config makes of a layer, without its tile; or a refusal.
-Geometry config_geometry(const Problem& problem, const Epilogue& epilogue, const Config& config,
+Geometry config_geometry(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
                          const Geometry& layer) {
   Geometry g = layer;
   if (!g.refusal.empty()) return g;
@@ -428,6 +485,14 @@ Geometry config_geometry(const Problem& problem, const Epilogue& epilogue, const
   g.chunks = static_cast<int>(ceil_div(g.words, config.block_k));
   if (config.block_k > 8 && config.block_k / 2 >= g.words) return refuse("block_k is over twice the channels");
   if (splits_passes(config) && g.passes.size() == 1) return refuse("one pass cannot be split");
+  if ((config.split & kSplitWidth) && problem.layout == Layout::contiguous) {
+    // Such passes store parts of sectors, which is cheap only where the other parts find them in L2.
+    const auto size = static_cast<int64_t>(size_of(epilogue.output_dtype.value_or(problem.dtype)));
+    const int64_t results =
+        problem.batch * problem.groups * g.n * volume(g.forward ? output_size(problem) : problem.input);
+    if (g.width_phases * size < 32 && results * size > static_cast<int64_t>(device.l2_bytes / 2))
+      return refuse("results of over half of the L2 would be stored in parts of sectors");
+  }
   if (config.weight_stages > 0 &&
       (config.weight_stages < kLeastWeightStages || config.weight_stages > kMostWeightStages))
     return refuse("weights have " + std::to_string(kLeastWeightStages) + " to " + std::to_string(kMostWeightStages) +
@@ -445,10 +510,36 @@ Geometry config_geometry(const Problem& problem, const Epilogue& epilogue, const
   g.rows = !g.tensor && problem.layout == Layout::contiguous && g.source_step[1] <= kMostElementStride &&
            g.source_step[2] == 1;  // the engine has no step in the innermost dimension
   // Three warps do not turn many small fp32 boxes as fast as they gather (S1 at 184x16: 2.6 against 1.6 ms).
-  if (size_of(problem.dtype) == 4 && config.stages == 3 && config.block_k < 32) g.rows = false;
-  g.entries_per_stage = std::clamp(kWeightStageBytes / (config.block_k * 256), 1, g.most_entries);
+  if (size_of(problem.dtype) == 4 && config.stages == 3 && config.block_k < 32 && (config.split & kWalk) == 0)
+    g.rows = false;
   g.staged[0] = columns_of(1, g.source_step[0], g.offset[0]);
+  if (config.split & kWalk) {
+    const auto [low, high] = std::minmax_element(g.offset[0].begin(), g.offset[0].end());
+    g.window = *high - *low + 1, g.window_low = *low;
+    if (splits_passes(config)) return refuse("passes that are items of their own do not walk");
+    if (g.lattice[0] < 2 || g.window <= g.source_step[0]) return refuse("neighbours along the depth share no source");
+    g.staged[0].base = {*low};
+    g.staged[0].length = 1;
+  }
+  // A block that walks has little room for weights; small stages come back sooner.
+  g.entries_per_stage =
+      std::clamp(kWeightStageBytes / (g.window > 0 ? 2 : 1) / (config.block_k * 256), 1, g.most_entries);
   return g;
+}
+
+// How far blocks walk: long segments stage less, but all blocks should have the same number of them.
+void set_segment(const Problem& problem, const Device& device, const Config& config, Geometry& g) {
+  double best = std::numeric_limits<double>::max();
+  Geometry t = g;
+  for (int64_t pieces = 1; pieces <= std::min<int64_t>(g.tiles[0], 64); ++pieces) {
+    t.segment = ceil_div(g.tiles[0], pieces);
+    const double begin = 0.5 * (g.window - g.source_step[0]) / g.source_step[0];  // of an item's time
+    const double time = static_cast<double>(ceil_div(num_items(problem, config, t), device.multiprocessors)) *
+                        (static_cast<double>(t.segment) + begin);
+    if (time >= best) continue;
+    best = time;
+    g.segment = t.segment;
+  }
 }
 
 // visit(geometry, cost) for every tile of these widths that fits shared memory and is not another than the config states.
@@ -475,8 +566,9 @@ void each_tile(const Problem& problem, const Epilogue& epilogue, const Device& d
         t.tiles[0] = std::max<int64_t>(1, t.lattice[0]);
         t.tiles[1] = std::max<int64_t>(1, ceil_div(t.lattice[1], th * groups_high));
         t.tiles[2] = std::max<int64_t>(1, ceil_div(t.lattice[2], all_columns));
+        if (t.window > 0) set_segment(problem, device, config, t);
         visit(t, static_cast<double>(ceil_div(num_items(problem, config, t), device.multiprocessors)) *
-                     cost_of(problem, epilogue, config, t).total());
+                     item_cycles(problem, epilogue, config, t));
       }
     }
 }
@@ -488,7 +580,7 @@ int tile_width(const Geometry& g) { return g.group_columns ? 2 * g.tw : g.tw; }
 
 Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
                   const Geometry& layer) {
-  Geometry g = config_geometry(problem, epilogue, config, layer);
+  Geometry g = config_geometry(problem, epilogue, device, config, layer);
   if (!g.refusal.empty()) return g;
   double best = std::numeric_limits<double>::max();
   const Geometry base = g;
@@ -507,7 +599,7 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
 std::vector<Config> tiles(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
                           const Geometry& layer) {
   std::vector<Config> found;
-  const Geometry base = config_geometry(problem, epilogue, config, layer);
+  const Geometry base = config_geometry(problem, epilogue, device, config, layer);
   if (!base.refusal.empty()) return found;
   std::vector<int> widths = tile_widths(config, base);
   for (int pieces = 1; pieces <= 16; ++pieces) widths.push_back(static_cast<int>(ceil_div(base.lattice[2], pieces)));

@@ -16,7 +16,7 @@ namespace tconv::cuda::ring {
 using std::int64_t;
 
 // Bits of Config::split.
-constexpr int kSplitPasses = 1, kSplitRows = 2;
+constexpr int kSplitPasses = 1, kSplitRows = 2, kWalk = 4, kSplitWidth = 8;
 
 struct Entry {
   int tap_d, tap_h;
@@ -49,7 +49,11 @@ struct Geometry {
   Columns staged[3];
   int positions = 0, plane = 0, span_begin = 0, span = 0;
   bool vector = false, resident = false;
-  int row_groups = 1;                   // row blocks side by side in the warpgroups
+  int row_groups = 1;  // row blocks side by side in the warpgroups
+  // Blocks walk along the depth: a stage is a depth row of the source, of which an item sees `window`, from `window_low`
+  // on; the next item needs source_step[0] further ones. 0: a stage holds all that an item sees.
+  int window = 0, window_low = 0;
+  int64_t segment = 1;                  // items that a block walks before it begins elsewhere
   bool tensor = false, packed = false;  // the copy engine stages tiles; from a packed copy of the source
   int box = 0;                          // positions of a box, rounded up to 8
   bool rows = false;                    // the copy engine brings rows of channels, which the loading warps turn
@@ -62,8 +66,10 @@ struct Geometry {
   std::size_t shared_bytes = 0;
 };
 
-// Phases, taps and rows of a layer whose neighbouring results are folded into the rows `fold` at a time; or a refusal.
-Geometry layer_geometry(const Problem& problem, int fold);
+// Phases, taps and rows of a layer as a config sees it, whose neighbouring results are folded into the rows; or a refusal.
+Geometry layer_geometry(const Problem& problem, const Config& config);
+// What of a config a layer's geometry depends on.
+int layer_key(const Config& config);
 // The tile of a config with the lowest cost, and how it lies in shared memory; or a refusal.
 Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
                   const Geometry& layer);
@@ -71,6 +77,8 @@ Geometry geometry(const Problem& problem, const Epilogue& epilogue, const Device
 std::vector<Config> tiles(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
                           const Geometry& layer);
 bool splits_passes(const Config& config);
+// The layer as a config sees it: one that walks takes the height of a 2d layer for a depth.
+Problem seen_by(const Config& config, const Problem& problem);
 int64_t num_items(const Problem& problem, const Config& config, const Geometry& g);
 // The staged rows of a dimension, relative to the tile's first position: the lowest and the highest.
 std::pair<int, int> reach_of(const Geometry& g, int dim);
