@@ -337,6 +337,20 @@ class Planner {
     plan_.microseconds = price_.microseconds;
   }
 
+  // Of a kernel with many configs those of the sizes that were asked for, or the first ones.
+  void append_configs(std::string& names, const Kernel& kernel) const {
+    constexpr std::size_t kMost = 24;
+    const auto sizes = [](std::string_view config) { return config.substr(0, config.find(',')); };
+    std::vector<std::string> alike, all;
+    for (const Config& config : kernel.configs) {
+      all.push_back(std::string(kernel.name) + ":" + to_string(config));
+      if (sizes(to_string(config)) == sizes(filter_.config)) alike.push_back(all.back());
+    }
+    const std::vector<std::string>& listed = alike.empty() ? all : alike;
+    for (std::size_t i = 0; i < std::min(kMost, listed.size()); ++i) names += " " + listed[i];
+    if (listed.size() > kMost) names += " and " + std::to_string(listed.size() - kMost) + " more configs";
+  }
+
   [[noreturn]] void refuse() const {
     const std::string line = to_string(plan_.problem, plan_.epilogue);
     if (only_.empty()) nothing_fits(plan_.problem, plan_.epilogue, plan_.device);
@@ -344,10 +358,7 @@ class Planner {
       std::string names;
       for (const Kernel* kernel : kernels_) {
         names.append(names.empty() ? "" : " ").append(kernel->name);
-        if (filter_.admits(*kernel)) {
-          for (const Config& config : kernel->configs)
-            names += " " + std::string(kernel->name) + ":" + to_string(config);
-        }
+        if (filter_.admits(*kernel)) append_configs(names, *kernel);
       }
       throw std::invalid_argument("no kernel is named `" + std::string(only_) + "`; known: " + names);
     }

@@ -462,6 +462,10 @@ TEST(Registered, AConfigMayStateItsTile) {
     EXPECT_NE(refusal(std::string("ring_gemm_sm90:64x64x16,s7,w24,t2x64") + stages).find("weights have 3 to 8 stages"),
               std::string::npos);
   EXPECT_NE(refusal("gather:2x8,w4,t1x128").find("its configs have one tile"), std::string::npos);
+  const std::string unknown = refusal("ring_gemm_sm90:64x64x16,s9,w24");
+  EXPECT_NE(unknown.find("ring_gemm_sm90:64x64x16,s7,w24"), std::string::npos);
+  EXPECT_EQ(unknown.find("ring_gemm_sm90:64x184x8"), std::string::npos) << unknown;
+  EXPECT_NE(refusal("ring_gemm_sm90:1x1x1").find("more configs"), std::string::npos);
   for (const char* end : {",t1", ",t0x64", ",tx64", ",t1x64x", ",b", ",b0", ",t-1x64", ",t1x64,k1"})
     EXPECT_NE(refusal(std::string("ring_gemm_sm90:64x64x16,s7,w24") + end).find("no kernel is named"),
               std::string::npos)
@@ -469,6 +473,28 @@ TEST(Registered, AConfigMayStateItsTile) {
 }
 
 // The tiles that `tconv tune` times beside a config's own: each fits and no two are the same.
+TEST(Registered, ConfigsThatWalkOrSplitTheWidth) {
+  if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
+  const auto refusal = [](const char* problem, const std::string& config) -> std::string {
+    try {
+      make_plan(parse_problem(problem), {}, known_device("h200"), "ring_gemm_sm90:" + config, kernels(Backend::cuda));
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "";
+  };
+  const std::string walks = "64x128x16,s7,w20,k4", splits = "64x96x32,s1,w20,k8";
+  EXPECT_EQ(refusal("2d c64>64 i64x64 t3x3 tf32", walks), "");
+  EXPECT_EQ(refusal("3d c32>32 i8x8x64 t3x3x3 s2 p1 tf32", walks), "");
+  EXPECT_CONTAINS(refusal("2d c64>64 i64x64 t2x2 s2 tf32", walks), "share no source");
+  EXPECT_CONTAINS(refusal("1d c64>64 i64 t3 tf32", walks), "share no source");
+  EXPECT_CONTAINS(refusal("3d c32>32 i64x64x64 t9x3x3 d8x1x1 p32x1x1 tf32", walks), "no tile fits");
+  EXPECT_EQ(refusal("2d c64>64 i16x16 t4x4 s2 p1 tf32", splits), "");
+  EXPECT_EQ(refusal("2d b128 c64>64 i128x128 t4x4 s2 p1 tf32 channels_last", splits), "");
+  EXPECT_CONTAINS(refusal("2d b128 c64>64 i128x128 t4x4 s2 p1 tf32", splits), "half of the L2");
+  EXPECT_CONTAINS(refusal("2d c64>64 i16x16 t3x3 tf32", splits), "have the same shifts");
+}
+
 TEST(Registered, TilesOfAConfigFit) {
   const Device device = known_device("h200");
   int kernels_with_tiles = 0;
