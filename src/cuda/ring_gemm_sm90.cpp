@@ -160,7 +160,7 @@ std::vector<Unit> units(const Step& given) {
   const int rows_d = static_cast<int>(g.staged[0].base.size()) * g.staged[0].length;
   const int rows_h = static_cast<int>(g.staged[1].base.size()) * g.staged[1].length;
   const int length = g.staged[2].length;
-  for (const Pass& pass : g.passes) {
+  for (const Pass& pass : *g.passes) {
     phase.insert(phase.end(), pass.phase, pass.phase + 3);
     int last_row = 0;
     for (const Entry& entry : pass.entries) {
@@ -184,7 +184,7 @@ std::vector<Unit> units(const Step& given) {
     pass_row.push_back(last_row);
   }
   define("RG_ENTRY_BEGIN", list(begin));
-  define("RG_NUM_PASSES", g.passes.size());
+  define("RG_NUM_PASSES", g.passes->size());
   const std::string layer = text.str();
   define("RG_ENTRY_TAP", list(tap));
   define("RG_ENTRY_PASS", list(entry_pass));

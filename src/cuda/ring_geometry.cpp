@@ -142,6 +142,7 @@ Geometry layer_geometry(const Problem& problem, const Config& config) {
   const int64_t passes =
       static_cast<int64_t>(phases[0].size()) * static_cast<int64_t>(phases[1].size()) * ceil_div(width, g.width_phases);
   if (passes > kMaxTaps) return refuse("more than " + std::to_string(kMaxTaps) + " phases");
+  std::vector<Pass> all;
   for (int rd = 0; rd < static_cast<int>(phases[0].size()); ++rd)
     for (int rh = 0; rh < static_cast<int>(phases[1].size()); ++rh)
       for (int rw0 = 0; rw0 < width; rw0 += g.width_phases) {
@@ -161,8 +162,9 @@ Geometry layer_geometry(const Problem& problem, const Config& config) {
         g.num_entries += static_cast<int>(pass.entries.size());
         g.most_entries = std::max(g.most_entries, static_cast<int>(pass.entries.size()));
         g.live_passes += !pass.entries.empty();
-        g.passes.push_back(std::move(pass));
+        all.push_back(std::move(pass));
       }
+  g.passes = std::make_shared<const std::vector<Pass>>(std::move(all));
   if (g.num_entries > kMaxTaps) return refuse("more than " + std::to_string(kMaxTaps) + " tap shifts");
   return g;
 }
@@ -218,7 +220,7 @@ struct Cost {
 };
 
 Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& config, const Geometry& g) {
-  const double passes = static_cast<double>(g.passes.size());
+  const double passes = static_cast<double>(g.passes->size());
   const double share = splits_passes(config) ? 1.0 / passes : 1.0;
   const double groups = std::max(1.0, static_cast<double>(g.num_entries) * share / g.entries_per_stage) * g.chunks;
   const double steps = static_cast<double>(g.num_entries) * share * g.chunks * (config.block_k / 8);
@@ -350,10 +352,10 @@ bool lay_out(const Problem& problem, const Device& device, const Config& config,
   }
   const int64_t weight_stage = int64_t{g.entries_per_stage} * config.block_k * 256 * g.row_groups;
   int64_t all_weights = 0;  // stages
-  for (const Pass& pass : g.passes)
+  for (const Pass& pass : *g.passes)
     all_weights += ceil_div(static_cast<int64_t>(pass.entries.size()), g.entries_per_stage) * g.chunks;
   const bool may_stay = problem.groups == 1 && g.row_blocks <= g.row_groups &&
-                        (!splits_passes(config) || g.passes.size() == 1) && all_weights <= kMostStayingStages;
+                        (!splits_passes(config) || g.passes->size() == 1) && all_weights <= kMostStayingStages;
   const int wanted = std::clamp(2 + static_cast<int>(std::ceil(kWeightLatency / group_cycles(config, g))),
                                 kLeastWeightStages, kMostWeightStages);
   const int64_t limit = static_cast<int64_t>(device.shared_memory_per_block) - kStaticBytes - fixed;
@@ -441,7 +443,7 @@ bool set_tile(const Problem& problem, int th, int tw, int groups_high, Geometry&
 
 int64_t num_items(const Problem& problem, const Config& config, const Geometry& g) {
   return ceil_div(g.tiles[0], g.segment) * g.tiles[1] * g.tiles[2] * g.batch * problem.groups *
-         ceil_div(g.row_blocks, g.row_groups) * (splits_passes(config) ? static_cast<int64_t>(g.passes.size()) : 1);
+         ceil_div(g.row_blocks, g.row_groups) * (splits_passes(config) ? static_cast<int64_t>(g.passes->size()) : 1);
 }
 
 namespace {
@@ -484,7 +486,7 @@ Geometry config_geometry(const Problem& problem, const Epilogue& epilogue, const
   set_epilogue(problem, epilogue, config, g);
   g.chunks = static_cast<int>(ceil_div(g.words, config.block_k));
   if (config.block_k > 8 && config.block_k / 2 >= g.words) return refuse("block_k is over twice the channels");
-  if (splits_passes(config) && g.passes.size() == 1) return refuse("one pass cannot be split");
+  if (splits_passes(config) && g.passes->size() == 1) return refuse("one pass cannot be split");
   if ((config.split & kSplitWidth) && problem.layout == Layout::contiguous) {
     // Such passes store parts of sectors, which is cheap only where the other parts find them in L2.
     const auto size = static_cast<int64_t>(size_of(epilogue.output_dtype.value_or(problem.dtype)));
@@ -529,16 +531,16 @@ Geometry config_geometry(const Problem& problem, const Epilogue& epilogue, const
 
 // How far blocks walk: long segments stage less, but all blocks should have the same number of them.
 void set_segment(const Problem& problem, const Device& device, const Config& config, Geometry& g) {
+  const int64_t side_by_side = num_items(problem, config, g) / g.tiles[0];      // of single items: a segment is 1 here
+  const double begin = 0.5 * (g.window - g.source_step[0]) / g.source_step[0];  // of an item's time
   double best = std::numeric_limits<double>::max();
-  Geometry t = g;
   for (int64_t pieces = 1; pieces <= std::min<int64_t>(g.tiles[0], 64); ++pieces) {
-    t.segment = ceil_div(g.tiles[0], pieces);
-    const double begin = 0.5 * (g.window - g.source_step[0]) / g.source_step[0];  // of an item's time
-    const double time = static_cast<double>(ceil_div(num_items(problem, config, t), device.multiprocessors)) *
-                        (static_cast<double>(t.segment) + begin);
+    const int64_t segment = ceil_div(g.tiles[0], pieces);
+    const int64_t rounds = ceil_div(ceil_div(g.tiles[0], segment) * side_by_side, device.multiprocessors);
+    const double time = static_cast<double>(rounds) * (static_cast<double>(segment) + begin);
     if (time >= best) continue;
     best = time;
-    g.segment = t.segment;
+    g.segment = segment;
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -40,7 +41,7 @@ struct Geometry {
   std::vector<int> offset[2];  // per depth and height tap
   std::vector<int> shifts;     // distinct ones of the width, ascending
   int64_t lattice[3] = {1, 1, 1}, tiles[3] = {1, 1, 1};
-  std::vector<Pass> passes;
+  std::shared_ptr<const std::vector<Pass>> passes;  // of the layer; pricing copies a geometry for every tile
   int num_entries = 0, most_entries = 0, live_passes = 0, num_taps = 1;
   int width_phases = 1, num_live = 1, channels = 64, row_blocks = 1;
   std::vector<int> live;
