@@ -545,7 +545,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
           barrier_arrive(empty + tile_behind);
 #endif
         };
-        if (RG_RESIDENT && !RG_WINDOW) at = item_at;
+        if (RG_RESIDENT) at = item_at;
         for (int chunk = 0; chunk < RG_CHUNKS; ++chunk) {
 #if RG_WINDOW
           const int last_row = pass == last_pass ? max(rg_pass_row[pass], behind - 1) : rg_pass_row[pass];

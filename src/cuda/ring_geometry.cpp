@@ -7,6 +7,7 @@
 #include <limits>
 #include <map>
 #include <set>
+#include <span>
 
 #include "finish_prelude.h"
 
@@ -360,21 +361,22 @@ bool lay_out(const Problem& problem, const Device& device, const Config& config,
                                 kLeastWeightStages, kMostWeightStages);
   const int64_t limit = static_cast<int64_t>(device.shared_memory_per_block) - kStaticBytes - fixed;
   // Parts of the sums, stages of weights (0: all stay), in the order of preference, unless the config states the stages.
-  std::vector<std::pair<int, int>> choices{{1, 0},
-                                           {1, wanted},
-                                           {2, 0},
-                                           {2, wanted},
-                                           {1, kLeastWeightStages},
-                                           {2, kLeastWeightStages},
-                                           {4, kLeastWeightStages}};
+  std::pair<int, int> choices[3 * (kMostWeightStages + 1)] = {{1, 0},
+                                                              {1, wanted},
+                                                              {2, 0},
+                                                              {2, wanted},
+                                                              {1, kLeastWeightStages},
+                                                              {2, kLeastWeightStages},
+                                                              {4, kLeastWeightStages}};
+  std::size_t count = 7;
   if (g.window > 0) {  // whole rows rather than all the weights that hide their latency
-    choices.clear();
+    count = 0;
     for (int parts : {1, 2, 4}) {
-      choices.emplace_back(parts, 0);
-      for (int stages = wanted; stages >= kLeastWeightStages; --stages) choices.emplace_back(parts, stages);
+      choices[count++] = {parts, 0};
+      for (int stages = wanted; stages >= kLeastWeightStages; --stages) choices[count++] = {parts, stages};
     }
   }
-  for (const auto& [parts, stages] : choices) {
+  for (const auto& [parts, stages] : std::span(choices, count)) {
     if (stages == 0 && (!may_stay || config.weight_stages > 0)) continue;
     g.part = static_cast<int>(ceil_div(ceil_div(g.columns, 8), parts) * 8);
     lay_out_sums(problem, g);
