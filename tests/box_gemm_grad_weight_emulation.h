@@ -4,23 +4,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "emulation_data.h"
+#include "emulation_weights.h"
 
 int main() {
-  const long long batch = EMULATED_BATCH, input[3] = {EMULATED_INPUT}, output[3] = {EMULATED_OUTPUT};
+  const long long batch = kBatch, *const input = kInputSize, *const output = kOutputSize;
   const int kernel[3] = {TCONV_K0, TCONV_K1, TCONV_K2}, stride[3] = {TCONV_S0, TCONV_S1, TCONV_S2};
   const int padding[3] = {TCONV_P0, TCONV_P1, TCONV_P2}, dilation[3] = {TCONV_D0, TCONV_D1, TCONV_D2};
-  const int in_channels = TCONV_CI * TCONV_GROUPS, out_channels = TCONV_CO * TCONV_GROUPS;
-  const long long input_plane = input[0] * input[1] * input[2], output_plane = output[0] * output[1] * output[2];
-  constexpr int kTaps = TCONV_K0 * TCONV_K1 * TCONV_K2;
+  const int in_channels = kInChannels, out_channels = kOutChannels;
+  const long long input_plane = kInputPlane, output_plane = kOutputPlane;
   constexpr bool last = TCONV_CHANNELS_LAST;
   constexpr long long kSize = sizeof(storage_t);
 
   Buffer<storage_t> x(batch * in_channels * input_plane), grad(batch * out_channels * output_plane);
-  for (long long i = 0; i < batch * in_channels * input_plane; ++i)
-    x.first[i] = narrow<storage_t>(float(small_number()));
-  for (long long i = 0; i < batch * out_channels * output_plane; ++i)
-    grad.first[i] = narrow<storage_t>(float(small_number()));
+  fill(x, batch * in_channels * input_plane);
+  fill(grad, batch * out_channels * output_plane);
 
   BoxGemmArgs a{};
   a.input = x.first, a.grad_output = grad.first, a.batch = static_cast<int>(batch);
@@ -120,35 +117,7 @@ int main() {
   });
 #endif
 
-  auto at = [&](const long long* size, int channels, long long b, long long c, const long long* o) {
-    const long long plane = size[0] * size[1] * size[2], position = (o[0] * size[1] + o[1]) * size[2] + o[2];
-    return last ? (b * plane + position) * channels + c : (b * channels + c) * plane + position;
-  };
-  long long differ = 0;
-  for (int c = 0; c < in_channels; ++c)
-    for (int co = 0; co < TCONV_CO; ++co)
-      for (int tap = 0; tap < kTaps; ++tap) {
-        const int t[3] = {tap / (kernel[1] * kernel[2]), tap / kernel[2] % kernel[1], tap % kernel[2]};
-        double sum = 0;
-        for (long long b = 0; b < batch; ++b)
-          for (long long i = 0; i < input_plane; ++i) {
-            const long long from[3] = {i / (input[1] * input[2]), i / input[2] % input[1], i % input[2]};
-            long long o[3];
-            bool inside = true;
-            for (int dim = 0; dim < 3; ++dim) {
-              o[dim] = from[dim] * stride[dim] + t[dim] * dilation[dim] - padding[dim];
-              inside = inside && o[dim] >= 0 && o[dim] < output[dim];
-            }
-            if (inside)
-              sum += static_cast<double>(widen(x.first[at(input, in_channels, b, c, from)])) *
-                     widen(grad.first[at(output, out_channels, b, c / TCONV_CI * TCONV_CO + co, o)]);
-          }
-        const storage_t value =
-            got[static_cast<std::size_t>((static_cast<long long>(c) * TCONV_CO + co) * kTaps + tap)];
-        const storage_t expected = narrow<storage_t>(static_cast<float>(sum));
-        if (!(widen(value) == widen(expected)) && differ++ < 3)
-          std::printf("[ci=%d, co=%d, tap %d]: got %g, expected %g\n", c, co, tap, widen(value), sum);
-      }
+  long long differ = weights_that_differ(x.first, grad.first, got);
 
   // The bias gradient that goes with it, in three segments.
   constexpr int kSegments = 3, kAll = TCONV_CO * TCONV_GROUPS;
@@ -167,11 +136,10 @@ int main() {
     for (long long b = 0; b < batch; ++b)
       for (long long i = 0; i < output_plane; ++i) {
         const long long o[3] = {i / (output[1] * output[2]), i / output[2] % output[1], i % output[2]};
-        sum += widen(grad.first[at(output, out_channels, b, c, o)]);
+        sum += widen(grad.first[element_at(kOutputSize, kOutChannels, b, c, o)]);
       }
     if (!(widen(grad_bias[c]) == widen(narrow<storage_t>(static_cast<float>(sum)))) && differ++ < 3)
       std::printf("bias of channel %d: got %g, expected %g\n", c, widen(grad_bias[c]), sum);
   }
-  std::printf("%lld of %zu differ\n", differ, got.size());
   return differ != 0;
 }

@@ -184,7 +184,7 @@ struct EmulatedTensor {
 };
 inline void emulated_copy_box(void* to, const EmulatedTensor& from, const long long (&at)[5],
                               unsigned long long* barrier) {
-  if (shared_address(to) % (from.exchange_bytes == 128 ? 1024 : 128) != 0) emulated_failure("alignment of a box");
+  if (shared_address(to) % 128 != 0) emulated_failure("alignment of a box");
   if (at[0] * from.element_bytes % 16 != 0) emulated_failure("a box that does not start on 16 bytes");
   const int row_bytes = from.box[0] * from.element_bytes;
   const long long rows = static_cast<long long>(from.box[1]) * from.box[2] * from.box[3] * from.box[4];

@@ -165,7 +165,7 @@ std::string grad_weight_program(const Problem& problem, const Step& step, int of
   text << "#include \"device_emulation.h\"\n"
        << "inline void wgmma_step(float (&sum)[" << definition(kernel, "RW_N")
        << " / 2], const unsigned (&rows)[4], unsigned long long columns) { emulated_wgmma(sum, rows, columns); }\n"
-       << kernel << sizes(problem, offset) << "#include \"ring_gemm_grad_weight_emulation.h\"\n";
+       << kernel << kNarrowing << sizes(problem, offset) << "#include \"ring_gemm_grad_weight_emulation.h\"\n";
   return text.str();
 }
 
@@ -199,6 +199,25 @@ std::string box_program(const Problem& problem, const Step& step, int offset) {
   return text.str();
 }
 
+// The complete program of line_gemm_grad_weight_sm90: emulation, device source, the sums' finish, main.
+std::string line_program(const Problem& problem, const Step& step, int offset) {
+  const std::vector<Unit> units = step.kernel->units(step);
+  const std::string kernel = on_host(cuda::program_text(units[0])), finish = on_host(cuda::program_text(units[1]));
+  std::ostringstream text;
+  text << "#include \"device_emulation.h\"\n"
+       << "inline void wgmma_shared(float (&sum)[" << definition(kernel, "LG_N") << " / 2], unsigned long long a, "
+       << "unsigned long long b, int accumulate) { emulated_wgmma(sum, a, b, accumulate != 0, "
+       << emulated_type(problem.dtype) << ", true); }\n"
+       << kernel << kNarrowing;
+  for (const char* name : {"TG_LINES", "TG_SLICES", "TG_BN", "TG_BLOCKS_M", "TG_BLOCKS_N", "TG_BLOCK_FLOATS", "TG_SETS",
+                           "TG_SET_PIECE", "TG_SET_TAP"})
+    text << "#define " << name << ' ' << definition(finish, name) << '\n';
+  text << "namespace finish {\n"
+       << finish.substr(finish.find("#if TG_LINES")) << "}\n"
+       << sizes(problem, offset) << "#include \"line_gemm_grad_weight_emulation.h\"\n";
+  return text.str();
+}
+
 struct Case {
   const char* problem;
   const char* config;  // empty: the planner's
@@ -210,6 +229,7 @@ void PrintTo(const Case& given, std::ostream* out) { *out << given.config << " o
 class Emulation : public testing::TestWithParam<Case> {};
 class GradWeightEmulation : public testing::TestWithParam<Case> {};
 class BoxEmulation : public testing::TestWithParam<Case> {};
+class LineEmulation : public testing::TestWithParam<Case> {};
 
 void run(const Case& given, const std::string& kernel, std::string (*make_program)(const Problem&, const Step&, int)) {
   const auto [problem, epilogue] = parse_problem_and_epilogue(given.problem);
@@ -241,6 +261,7 @@ void run(const Case& given, const std::string& kernel, std::string (*make_progra
 TEST_P(Emulation, RingGemm) { run(GetParam(), "ring_gemm_sm90", program); }
 TEST_P(GradWeightEmulation, RingGemm) { run(GetParam(), "ring_gemm_grad_weight_sm90", grad_weight_program); }
 TEST_P(BoxEmulation, BoxGemm) { run(GetParam(), "box_gemm_grad_weight_sm90", box_program); }
+TEST_P(LineEmulation, LineGemm) { run(GetParam(), "line_gemm_grad_weight_sm90", line_program); }
 
 // Vector and gathered staging, both layouts, resident and reloaded chunks, folded widths, passes as items, empty passes,
 // images as rows, runs side by side, three and seven warps that load, odd offsets.
@@ -338,6 +359,21 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"3d b2 c96>33 i3x4x7 t3x3x3 s2x1x2 p1 d1x2x1 grad_weight tf32", "128x64x64,s2,w8"},
                     Case{"2d b2 g2 c40>24 i5x9 t2x2 s2 channels_last grad_weight tf32", "64x64x64,s2,w4"},
                     Case{"2d b4 c64>64 i16x40 t2x2 s2 grad_weight tf32", "256x64x64,s2,w16,k1"}));
+
+// Rows that end amid a stride, in a tile and in the overlap of two; pieces that hold parts of two positions; windows of one
+// to three stages, with rows that no tap needs; slices of depths, blocks of channels, gathered tensors.
+INSTANTIATE_TEST_SUITE_P(
+    Cases, LineEmulation,
+    testing::Values(Case{"3d b2 c32>32 i3x5x20 t3x3x3 s2 p1 f16 channels_last grad_weight", "64x32x64,s2,w12"},
+                    Case{"3d c32>32 i3x4x17 t3x3x3 s2 p1 op1 bf16 channels_last grad_weight", "64x32x64,s2,w8", 1},
+                    Case{"2d b2 c64>64 i7x40 t3x3 f16 channels_last grad_weight", "64x64x64,s2,w12"},
+                    Case{"2d c72>64 i6x33 t3x3 s2 p1 f16 channels_last grad_weight", "64x32x64,s2,w8"},
+                    Case{"2d b2 c16>40 i5x34 t4x4 s3x2 p1 f16 channels_last grad_weight", "64x16x64,s2,w8"},
+                    Case{"2d c16>24 i5x37 t2x3 s3 p0x2 d1x2 bf16 channels_last grad_weight", "64x16x64,s2,w12"},
+                    Case{"3d c32>64 i3x4x9 t3x3x3 s2 p1 d2 f16 channels_last grad_weight", "64x32x64,s2,w12"},
+                    Case{"2d c64>64 i5x18 t4x4 s2 p1 f16 channels_last grad_weight", "64x64x64,s2,w12"},
+                    Case{"1d b3 c40>8 i70 t5 s4 p2 f16 channels_last grad_weight", "64x64x128,s2,w12"},
+                    Case{"2d c16>8 i3x5 t2x2 s2x16 p0x4 f16 channels_last grad_weight", "64x16x64,s2,w12"}));
 
 }  // namespace
 }  // namespace tconv

@@ -458,18 +458,20 @@ def raw_runs(case: Case, direction: str, plans: dict[str, Any]) -> dict[str, Run
     return {name: bound(plan) for name, plan in plans.items()}
 
 
+# Candidates of a row's regret: so many of the lowest price, none predicted to take over so many times the lowest.
+# A problem has up to 120 within that factor, which would take minutes to compile.
+REGRET_CANDIDATES, REGRET_FACTOR = 12, 1.5
+
+
 def regret(case: Case, direction: str, clock: Clock, seconds: float) -> dict[str, Any]:
-    """Every kernel and config that fits, timed: how far the planner's choice is from the best of them."""
+    """The kernels and configs that may be the best, timed: how far the planner's choice is from the best of them."""
     found: dict[str, Any] = {}
     for part in ["forward"] if direction == "forward" else ["grad_input", "grad_weight"]:
         fitting = [c for c in plan_of(case, part).candidates if not c["refusal"]]
-        best_price = min(c["microseconds"] for c in fitting)
-        # Those predicted 12 times slower than the best are left out: they would take all the time there is.
-        names = {
-            f"{c['kernel']}:{c['config']}": c
-            for c in fitting
-            if c["chosen"] or c["microseconds"] <= 12 * best_price
-        }  # fmt: skip
+        by_price = sorted(fitting, key=lambda c: c["microseconds"])
+        most = REGRET_FACTOR * by_price[0]["microseconds"]
+        near = [c for c in by_price[:REGRET_CANDIDATES] if c["microseconds"] <= most]
+        names = {f"{c['kernel']}:{c['config']}": c for c in fitting if c["chosen"] or c in near}
         times = interleaved(clock, raw_runs(case, part, {n: plan_of(case, part, n) for n in names}), seconds)
         picked = next(name for name, candidate in names.items() if candidate["chosen"])
         best = min(times, key=lambda name: times[name])
@@ -694,7 +696,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; default: as PyTorch")
     parser.add_argument("--ieee", action="store_true", help="time PyTorch without TF32 too")
     parser.add_argument("--compile", action="store_true", help="time torch.compile on chains too")
-    parser.add_argument("--regret", action="store_true", help="time every kernel and config that fits")
+    parser.add_argument("--regret", action="store_true", help="time the 12 cheapest configs beside the choice")
     parser.add_argument("--full-batch", action="store_true", help="never reduce the batch or sizes")
     parser.add_argument(
         "--workers", type=int, default=min(12, os.cpu_count() or 1), help="compile ahead on CUDA; 0: no"

@@ -172,20 +172,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) box_gemm_grad_weight(c
     float4* const partial =
         reinterpret_cast<float4*>(a.partial) +
         (((long long)block * a.shares + share) * BW_ROWS + warpgroup * kOwn) * (kColumns / 8 * 128) + threadIdx.x % 128;
-    auto flush = [&](bool first) {
-#pragma unroll
-      for (int j = 0; j < kOwn; ++j)
-#pragma unroll
-        for (int n8 = 0; n8 < kColumns / 8; ++n8) {
-          float4* to = partial + (j * (kColumns / 8) + n8) * 128;
-          float4 value = make_float4(sum[j][4 * n8], sum[j][4 * n8 + 1], sum[j][4 * n8 + 2], sum[j][4 * n8 + 3]);
-          if (!first) {
-            const float4 before = *to;
-            value = make_float4(value.x + before.x, value.y + before.y, value.z + before.z, value.w + before.w);
-          }
-          *to = value;
-        }
-    };
 
     // Operands. Positions innermost: 8 rows of 128 bytes repeat. Channels innermost: 8 positions of a line repeat, and
     // column pieces are kColumnUnits apart.
@@ -218,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) box_gemm_grad_weight(c
         at.advance();
       }
       wgmma_wait<0>();
-      flush(first);
+      flush_sums(partial, sum, first);
       first = false;
       left -= count;
     }

@@ -1,6 +1,7 @@
 // ring_gemm_sm90 — host side: tile geometry, price, specialisation and launch of ring_gemm_sm90.cu.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <sstream>
 
@@ -199,6 +200,7 @@ std::vector<Unit> units(const Step& given) {
   define("RG_STORE_GROUPS", (config.warps - 9 - config.stages) / 4);
   define("RG_RESIDENT", g.resident ? 1 : 0);
   define("RG_WINDOW", g.window);
+  define("RG_RACECHECK", std::getenv("TCONV_RACECHECK") != nullptr ? 1 : 0);
   define("RG_PASS_ROW", list(pass_row));
   define("RG_TENSOR", g.tensor ? 1 : 0);
   define("RG_BOX", g.box);

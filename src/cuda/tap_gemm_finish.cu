@@ -7,7 +7,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "convert.cuh"
 
-#if !TG_BOXES
+#if TG_LINES
+__constant__ int tg_set_piece[] = {TG_SET_PIECE};  // [slice][set]: which 64 elements of a line
+__constant__ int tg_set_tap[] = {TG_SET_TAP};      // [slice][set][residue of the width] -> packed tap, or -1
+#elif !TG_BOXES
 __constant__ int tg_slice_tap[] = {TG_SLICE_TAP};  // [slice][TG_TAPS] -> packed tap, or -1
 #endif
 
@@ -36,6 +39,12 @@ __device__ __forceinline__ Weight weight_at(unsigned block, int rest, int r) {
   const int slice = block % TG_SLICES;
   const int block_n = block / TG_SLICES % TG_BLOCKS_N;
   const int block_m = block / TG_SLICES / TG_BLOCKS_N % TG_BLOCKS_M;
+#if TG_LINES
+  const int row = rest % 4 * 16 + quad + r / 2 * 8, set = slice * TG_SETS + rest / 4 / (TG_BN / 8);
+  const int ci = block_n * TG_BN + rest / 4 % (TG_BN / 8) * 8 + quarter * 2 + r % 2;
+  const int element = tg_set_piece[set] * 64 + row, residue = element / TCONV_CO, co = element % TCONV_CO;
+  return {ci, co, residue < TCONV_S2 ? tg_set_tap[set * TCONV_S2 + residue] : -1};
+#else
 #if TG_WARPGROUP
   const int warp = rest % 4, n8 = rest / 4 % (TG_BN / 8), set = rest / 4 / (TG_BN / 8);
   const int row = warp * 16 + quad + r / 2 * 8, column = block_n * TG_BN + n8 * 8 + quarter * 2 + r % 2;
@@ -53,6 +62,7 @@ __device__ __forceinline__ Weight weight_at(unsigned block, int rest, int r) {
   const int co = block_n * TG_BN + warp_n * TG_WN + ni * 8 + quarter * 2 + r % 2;
 #endif
   return {ci, co, tg_slice_tap[slice * TG_TAPS + t]};
+#endif
 #endif
 }
 

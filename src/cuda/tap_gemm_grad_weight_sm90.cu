@@ -105,20 +105,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, TG_MIN_BLOCKS) tap_gemm_g
   const int block = ((group * TG_BLOCKS_M + block_m) * TG_BLOCKS_N + block_n) * TG_SLICES + slice;
   float4* const partial = reinterpret_cast<float4*>(a.partial) +
                           ((long long)block * a.shares + share) * (kSets * (TG_BN / 8) * 128) + threadIdx.x;
-  auto flush = [&](bool first) {
-#pragma unroll
-    for (int j = 0; j < kSets; ++j)
-#pragma unroll
-      for (int n8 = 0; n8 < TG_BN / 8; ++n8) {
-        float4* to = partial + (j * (TG_BN / 8) + n8) * 128;
-        float4 value = make_float4(sum[j][4 * n8], sum[j][4 * n8 + 1], sum[j][4 * n8 + 2], sum[j][4 * n8 + 3]);
-        if (!first) {
-          const float4 before = *to;
-          value = make_float4(value.x + before.x, value.y + before.y, value.z + before.z, value.w + before.w);
-        }
-        *to = value;
-      }
-  };
 
   // The warp's 16 rows: channels warp_channel .. + 15 of tap set * kTapRows + warp_tap.
   const int warp_channel = warp * 16 % TG_CHANNELS, warp_tap = warp * 16 / TG_CHANNELS;
@@ -180,11 +166,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, TG_MIN_BLOCKS) tap_gemm_g
     }
     wgmma_wait<0>();
     if (++unflushed == TG_FLUSH || tile + 1 == tile_end) {
-      flush(first);
+      flush_sums(partial, sum, first);
       clear();
       first = false;
       unflushed = 0;
     }
   }
-  if (first) flush(true);  // no tile: zeros
+  if (first) flush_sums(partial, sum, true);  // no tile: zeros
 }

@@ -378,20 +378,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tap_gemm_half_grad_wei
         reinterpret_cast<float4*>(a.partial) +
         (((long long)block * a.shares + share) * kConsumers + warpgroup) * (kSets * (TG_N / 8) * 128) +
         threadIdx.x % 128;
-    auto flush = [&](bool first) {
-#pragma unroll
-      for (int j = 0; j < kSets; ++j)
-#pragma unroll
-        for (int n8 = 0; n8 < TG_N / 8; ++n8) {
-          float4* to = partial + (j * (TG_N / 8) + n8) * 128;
-          float4 value = make_float4(sum[j][4 * n8], sum[j][4 * n8 + 1], sum[j][4 * n8 + 2], sum[j][4 * n8 + 3]);
-          if (!first) {
-            const float4 before = *to;
-            value = make_float4(value.x + before.x, value.y + before.y, value.z + before.z, value.w + before.w);
-          }
-          *to = value;
-        }
-    };
 
     // Which unit of a step a lane names to ldmatrix: matrices 0, 1 are the lower and upper 8 rows of positions 0 to 7,
     // matrices 2, 3 of positions 8 to 15.
@@ -459,12 +445,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tap_gemm_half_grad_wei
         parity ^= 1;
       }
       if (++unflushed == TG_FLUSH || left == 1) {
-        flush(first);
+        flush_sums(partial, sum, first);
         clear();
         first = false;
         unflushed = 0;
       }
     }
-    if (first) flush(true);  // no tile: zeros
+    if (first) flush_sums(partial, sum, true);  // no tile: zeros
   }
 }
