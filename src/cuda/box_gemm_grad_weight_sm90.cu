@@ -9,6 +9,7 @@
 // Refuses   fp64, fp32 without TF32, copies of more than 256 MiB (see box_gemm_grad_weight_sm90.cpp)
 // Reads as  1 locate · 2 load · 3 multiply · 5 store
 // SPDX-License-Identifier: Apache-2.0
+#include "partial_sums_sm90.cuh"
 #include "ring_sm90.cuh"
 
 struct BoxGemmArgs {

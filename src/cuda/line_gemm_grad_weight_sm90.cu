@@ -11,6 +11,7 @@
 // Refuses   everything else (see line_gemm_grad_weight_sm90.cpp)
 // Reads as  1 locate · 2 load · 3 multiply · 5 store
 // SPDX-License-Identifier: Apache-2.0
+#include "partial_sums_sm90.cuh"
 #include "ring_sm90.cuh"
 
 __constant__ int lg_slice_depth[] = {LG_SLICE_DEPTH};  // of grad_output, where a slice of taps begins

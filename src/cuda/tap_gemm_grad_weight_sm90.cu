@@ -7,6 +7,7 @@
 // Refuses   fp32 accuracy, fp64 (see tap_gemm_grad_weight_sm90.cpp)
 // Reads as  1 locate · 2 load · 3 multiply · 5 store
 // SPDX-License-Identifier: Apache-2.0
+#include "partial_sums_sm90.cuh"
 #include "tap_tile.cuh"
 #include "wgmma_sm90.cuh"
 

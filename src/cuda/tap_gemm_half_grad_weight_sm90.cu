@@ -13,6 +13,7 @@
 // Reads as  1 locate · 2 load · 3 multiply · 5 store
 // SPDX-License-Identifier: Apache-2.0
 #include "barrier_sm90.cuh"
+#include "partial_sums_sm90.cuh"
 
 // Tables of the layer, generated in the prelude; see tap_gemm_grad_weight_sm90.cu. Words are units here.
 __constant__ int tg_slice_offset[] = {TG_SLICE_OFFSET};
