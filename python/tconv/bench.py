@@ -458,9 +458,7 @@ def raw_runs(case: Case, direction: str, plans: dict[str, Any]) -> dict[str, Run
     return {name: bound(plan) for name, plan in plans.items()}
 
 
-# Candidates of a row's regret: so many of the lowest price, none predicted to take over so many times the lowest.
-# A problem has up to 120 within that factor, which would take minutes to compile.
-REGRET_CANDIDATES, REGRET_FACTOR = 12, 1.5
+REGRET_CANDIDATES, REGRET_FACTOR = 12, 1.5  # of the lowest price; within that factor lie up to 120, minutes to compile
 
 
 def regret(case: Case, direction: str, clock: Clock, seconds: float) -> dict[str, Any]:
