@@ -288,6 +288,9 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"2d b2 g2 c64>32 i16x20 t3x3 tf32 | bias", "64x64x32,s3,w20"},
                     Case{"1d b5 c64>64 i64 t5 d2 tf32", "64x120x32,s3,w20"},
                     Case{"1d b2 c64>64 i256 t3 tf32", "64x120x32,s7,w20"},
+                    // rows of 1d layers so long that images are no rows of a tile
+                    Case{"1d b2 c16>16 i4097 t3 f16 grad_input", "64x136x8,s1,w20"},
+                    Case{"1d b2 c16>24 i4099 t3 p1 f16", "64x120x8,s7,w20", 1},
                     // results handed over as 16 bits, in both layouts and with two width phases; early epilogues
                     Case{"2d c24>40 i9x20 t4x4 s2 p1 f16 | bias", "64x64x16,s3,w20"},
                     Case{"2d c32>24 i9x21 t4x4 s2 p1 bf16 channels_last | bias add_channel", "64x120x16,s3,w20"},

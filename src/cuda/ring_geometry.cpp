@@ -24,7 +24,8 @@ constexpr int kFewWeightStages = 4, kLeastWeightStages = 3, kMostWeightStages = 
 constexpr int kMostElementStride = 8;                    // of the copy engine
 constexpr int64_t kRawBytes = 28672, kMostRawSlots = 4;  // rows under way, see ring_gemm_rows_sm90.cuh
 constexpr int64_t kMostBox = 256;                        // positions along a side
-constexpr int64_t kMostElements = int64_t{1} << 31;      // offsets within an image are 32-bit
+constexpr int64_t kLongRow = 4096;  // of 1d layers: fills tiles alone, and images can be copied piece by piece
+constexpr int64_t kMostElements = int64_t{1} << 31;  // offsets within an image are 32-bit
 // For a piece of a row that shares its sectors; where the copy engine stages tiles, fewer rows cost more than they save.
 constexpr double kPieceCycles = 15.0, kPieceCyclesTensor = 5.0;
 
@@ -90,7 +91,8 @@ Geometry layer_geometry(const Problem& problem, const Config& config) {
     g.source_size[dim] = source[dim];
     g.result_size[dim] = result[dim];
   }
-  g.rows_are_images = problem.rank == 1 && std::max(input_elements(problem), output_elements(problem)) < kMostElements;
+  g.rows_are_images = problem.rank == 1 && g.result_size[2] < kLongRow &&
+                      std::max(input_elements(problem), output_elements(problem)) < kMostElements;
   if (g.rows_are_images) {
     g.source_size[1] = g.result_size[1] = problem.batch;
     g.batch = 1;
