@@ -32,19 +32,29 @@ struct Shift {
   friend bool operator==(const Shift&, const Shift&) = default;
 };
 
+// What width and height taps need; of a problem, whatever the config.
+struct Taps {
+  std::vector<int> offset[3];                 // d * t - p
+  std::vector<int> pieces;                    // in units of 64 elements
+  std::vector<Shift> shifts;                  // that width taps need
+  int first_line = 0, more_lines = 0;         // least shift; greatest, less that
+  std::vector<int> rows;                      // staged residues of the height
+  std::vector<int> row_of_tap, stage_of_tap;  // which of them, and how far ahead
+  int low_row = 0, reach = 0;                 // first row of stage 0; stages of the window before the last
+
+  std::size_t shifts_of(int piece) const {
+    return static_cast<std::size_t>(
+        std::count_if(shifts.begin(), shifts.end(), [piece](const Shift& shift) { return shift.piece == piece; }));
+  }
+};
+
 struct Geometry {
   std::string refusal;
+  std::shared_ptr<const Taps> taps;
   int warpgroups = 1, sets = 1;  // sets of a warpgroup
   int blocks_n = 1, shares = 1;
   // A slice is what a block sums: all depth taps or one of them, all pieces or one of them.
   int depth_slices = 1, piece_slices = 1;
-  std::vector<int> offset[3];  // d * t - p
-  std::vector<int> pieces;     // in units of 64 elements
-  std::vector<Shift> shifts;   // that width taps need, by piece
-  std::vector<int> rows, row_of_tap,
-      stage_of_tap;            // staged residues of the height; of each tap: which, and how far ahead
-  int low_row = 0, reach = 0;  // first row of stage 0; stages of the window before the last
-  int first_line = 0, more_lines = 0;
   int td = 0, tw = 0, lines = 0;
   Rows depths;
   int stages = 0;
@@ -53,23 +63,18 @@ struct Geometry {
   int64_t tiles_d = 1, tiles_w = 1, segment = 1, segments_h = 1, segments = 1, blocks = 0;
 
   int slices() const { return depth_slices * piece_slices; }
-  int depth_taps() const { return static_cast<int>(offset[0].size()) / depth_slices; }
+  int depth_taps() const { return static_cast<int>(taps->offset[0].size()) / depth_slices; }
   int block_sets() const { return warpgroups * sets; }
-  int slice_pieces() const { return static_cast<int>(pieces.size()) / piece_slices; }
-  int boxes() const { return slice_pieces() * static_cast<int>(depths.relative.size() * rows.size()); }
-  std::vector<Shift> shifts_of(int slice) const {
-    if (piece_slices == 1) return shifts;
-    std::vector<Shift> own;
-    for (const Shift& shift : shifts)
-      if (shift.piece == pieces[static_cast<std::size_t>(slice % piece_slices)]) own.push_back(shift);
-    return own;
-  }
+  int slice_pieces() const { return static_cast<int>(taps->pieces.size()) / piece_slices; }
+  int boxes() const { return slice_pieces() * static_cast<int>(depths.relative.size() * taps->rows.size()); }
 };
 
 int line_bytes(const Config& config) { return 2 * config.block_n; }
 
 // Which elements of which lines the width taps are, and which rows of which stages the height taps.
-void lay_out_taps(const Problem& problem, Geometry& g) {
+std::shared_ptr<const Taps> lay_out_taps(const Problem& problem) {
+  auto made = std::make_shared<Taps>();
+  Taps& g = *made;
   for (int dim = 0; dim < 3; ++dim)
     for (int t = 0; t < problem.kernel[dim]; ++t)
       g.offset[dim].push_back(static_cast<int>(problem.dilation[dim] * t - problem.padding[dim]));
@@ -97,6 +102,7 @@ void lay_out_taps(const Problem& problem, Geometry& g) {
     g.stage_of_tap.push_back((o - g.low_row) / step);
     g.reach = std::max(g.reach, g.stage_of_tap.back());
   }
+  return made;
 }
 
 // Clock cycles of one row of the input at all depths of a stage: the copy engine takes 5 for a line, whatever its length,
@@ -118,7 +124,7 @@ void set_segment(const Problem& problem, const Device& device, Geometry& g) {
     const int shares = shares_of(others, side_by_side * count, device.multiprocessors);
     const double rounds =
         static_cast<double>(ceil_div(side_by_side * count, shares) * ceil_div(others * shares, device.multiprocessors));
-    const double time = rounds * (static_cast<double>(segment) + 0.8 * g.reach);
+    const double time = rounds * (static_cast<double>(segment) + 0.8 * g.taps->reach);
     if (time >= best) continue;
     best = time;
     g.segment = segment, g.segments_h = count, g.shares = shares;
@@ -131,7 +137,7 @@ void set_segment(const Problem& problem, const Device& device, Geometry& g) {
 double time_of(const Device& device, const Geometry& g) {
   const double rounds = static_cast<double>(ceil_div(g.segments, g.shares)) *
                         static_cast<double>(ceil_div(g.blocks, device.multiprocessors));
-  return rounds * (static_cast<double>(g.segment) + 0.8 * g.reach) * g.item_cycles;
+  return rounds * (static_cast<double>(g.segment) + 0.8 * g.taps->reach) * g.item_cycles;
 }
 
 // The quickest tile of the slices at hand; cost is that of the best so far.
@@ -143,16 +149,16 @@ void choose_tile(const Problem& problem, const Device& device, const Config& con
       if (tw > 16 && tw / 2 >= problem.input[2]) continue;
       Geometry t = g;
       t.td = td, t.tw = tw;
-      t.lines = tw + g.more_lines;
-      t.depths =
-          rows_of(td, static_cast<int>(problem.stride[0]), g.depth_slices > 1 ? std::vector<int>{0} : g.offset[0]);
+      t.lines = tw + g.taps->more_lines;
+      t.depths = rows_of(td, static_cast<int>(problem.stride[0]),
+                         g.depth_slices > 1 ? std::vector<int>{0} : g.taps->offset[0]);
       if (t.lines > kMostBox || t.boxes() > 1024) continue;
       const int64_t stage_bytes =
           (ceil_div(int64_t{td} * tw * line_bytes(config), 1024) + ceil_div(int64_t{t.boxes()} * t.lines, 8)) * 1024;
       // Three barriers of a stage lie behind the stages.
       const int64_t fitting = static_cast<int64_t>(device.shared_memory_per_block) / (stage_bytes + 24);
-      if (fitting < g.reach + config.stages) continue;
-      t.stages = static_cast<int>(std::min<int64_t>(fitting, g.reach + kMaxStages));
+      if (fitting < g.taps->reach + config.stages) continue;
+      t.stages = static_cast<int>(std::min<int64_t>(fitting, g.taps->reach + kMaxStages));
       if (t.stages > 32) continue;  // a bit each
       t.shared_bytes = static_cast<std::size_t>(t.stages * (stage_bytes + 24));
       t.tiles_d = ceil_div(problem.input[0], td), t.tiles_w = ceil_div(problem.input[2], tw);
@@ -192,19 +198,24 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
   if (config.block_n == 16 && ci > 16) return refuse("16 columns are for at most 16 channels");
   g.warpgroups = config.warps / 4;
   g.blocks_n = static_cast<int>(ceil_div(ci, config.block_n));
-  lay_out_taps(problem, g);
+  g.taps = of_last_problem<std::shared_ptr<const Taps>>(problem, lay_out_taps);
   // Of 144 or 200 registers; a set has an offset beside its sums.
   const int registers = g.warpgroups == 3 ? 108 : 152, most = registers / (config.block_n / 2 + 1);
+  // Sets of all shifts, or of the piece that has most of them.
+  const std::vector<int>& pieces = g.taps->pieces;
+  std::size_t of_piece = 0;
+  for (int piece : pieces) of_piece = std::max(of_piece, g.taps->shifts_of(piece));
   int fewest = kMaxSets;
   double best = std::numeric_limits<double>::max();
   const Geometry layer = g;
-  for (int depth_slices : {1, static_cast<int>(problem.kernel[0])})
-    for (int piece_slices : {1, static_cast<int>(g.pieces.size())}) {
+  for (bool by_depth : {false, true})
+    for (bool by_piece : {false, true}) {
+      if ((by_depth && problem.kernel[0] == 1) || (by_piece && pieces.size() == 1)) continue;
       Geometry t = layer;
-      t.depth_slices = depth_slices, t.piece_slices = piece_slices;
-      int sets = 0;
-      for (int slice = 0; slice < piece_slices; ++slice)
-        sets = std::max(sets, t.depth_taps() * static_cast<int>(problem.kernel[1] * t.shifts_of(slice).size()));
+      t.depth_slices = by_depth ? static_cast<int>(problem.kernel[0]) : 1;
+      t.piece_slices = by_piece ? static_cast<int>(pieces.size()) : 1;
+      const int sets =
+          t.depth_taps() * static_cast<int>(problem.kernel[1] * (by_piece ? of_piece : g.taps->shifts.size()));
       fewest = std::min(fewest, sets);
       if (sets > most * g.warpgroups) continue;
       t.sets = static_cast<int>(ceil_div(sets, g.warpgroups));
@@ -255,7 +266,10 @@ struct Set {
   int depth_tap, row_tap;  // depth_tap: of the slice
 };
 Set set_of(const Problem& problem, const Geometry& g, int slice, int index) {
-  const std::vector<Shift> shifts = g.shifts_of(slice);
+  std::vector<Shift> shifts = g.taps->shifts;
+  if (g.piece_slices > 1)
+    std::erase_if(shifts, [piece = g.taps->pieces[static_cast<std::size_t>(slice % g.piece_slices)]](
+                              const Shift& shift) { return shift.piece != piece; });
   const int count = static_cast<int>(shifts.size()), kh = static_cast<int>(problem.kernel[1]);
   const bool exists = index < g.depth_taps() * kh * count;
   if (!exists) index = 0;
@@ -274,7 +288,7 @@ std::vector<int> tap_table(const Problem& problem, const Geometry& g) {
       for (int residue = 0; residue < stride; ++residue) {
         int tap = -1;
         for (int t = 0; t < kw && set.exists; ++t)
-          if (g.offset[2][t] == set.shift.lines * stride + residue) tap = row * kw + t;
+          if (g.taps->offset[2][t] == set.shift.lines * stride + residue) tap = row * kw + t;
         table.push_back(tap);
       }
     }
@@ -298,17 +312,17 @@ std::vector<Unit> units(const Step& step) {
   define("TG_SETS", g.block_sets());
   std::vector<int> pieces, slice_depth, set_piece, set_stage, set_unit;  // by slice
   for (int slice = 0; slice < g.slices(); ++slice) {
-    slice_depth.push_back(g.depth_slices > 1 ? g.offset[0][static_cast<std::size_t>(slice / g.piece_slices)] : 0);
-    const auto first = g.pieces.begin() + (g.piece_slices > 1 ? slice % g.piece_slices : 0);
+    slice_depth.push_back(g.depth_slices > 1 ? g.taps->offset[0][static_cast<std::size_t>(slice / g.piece_slices)] : 0);
+    const auto first = g.taps->pieces.begin() + (g.piece_slices > 1 ? slice % g.piece_slices : 0);
     for (int i = 0; i < g.slice_pieces(); ++i) pieces.push_back(first[i] * 64);
     for (int index = 0; index < g.block_sets(); ++index) {
       const Set set = set_of(problem, g, slice, index);
       const int slot = static_cast<int>(std::find(first, first + g.slice_pieces(), set.shift.piece) - first);
       const int depth = g.depths.tap_slot[set.depth_tap], depths = static_cast<int>(g.depths.relative.size());
-      const int box = (slot * depths + depth) * static_cast<int>(g.rows.size()) + g.row_of_tap[set.row_tap];
+      const int box = (slot * depths + depth) * static_cast<int>(g.taps->rows.size()) + g.taps->row_of_tap[set.row_tap];
       set_piece.push_back(set.shift.piece);
-      set_stage.push_back(g.stage_of_tap[set.row_tap]);
-      set_unit.push_back((box * g.lines + set.shift.lines - g.first_line) * 8);
+      set_stage.push_back(g.taps->stage_of_tap[set.row_tap]);
+      set_unit.push_back((box * g.lines + set.shift.lines - g.taps->first_line) * 8);
     }
   }
   define("TG_SET_PIECE", list(set_piece));
@@ -317,7 +331,7 @@ std::vector<Unit> units(const Step& step) {
   text.str("");
   text << layer;
   std::vector<int> rows;
-  for (int residue : g.rows) rows.push_back(g.low_row + residue);
+  for (int residue : g.taps->rows) rows.push_back(g.taps->low_row + residue);
   define("LG_SLICE_DEPTH", list(slice_depth));
   define("LG_DEPTHS", list(g.depths.relative));
   define("LG_ROW", list(rows));
@@ -334,12 +348,12 @@ std::vector<Unit> units(const Step& step) {
   define("LG_BLOCKS_N", g.blocks_n);
   define("LG_SLICES", g.slices());
   define("LG_STAGES", g.stages);
-  define("LG_REACH", g.reach);
+  define("LG_REACH", g.taps->reach);
   define("LG_TD", g.td);
   define("LG_TW", g.tw);
   define("LG_STEP_D", g.depths.step);
   define("LG_LINES", g.lines);
-  define("LG_FIRST_LINE", '(' + std::to_string(g.first_line) + ')');
+  define("LG_FIRST_LINE", '(' + std::to_string(g.taps->first_line) + ')');
   define("LG_FLUSH", std::max(1, kFlush / (g.td * g.tw)));
   text << shared_product_text(problem.dtype, config.block_n, true);
   return {
