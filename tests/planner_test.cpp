@@ -495,6 +495,28 @@ TEST(Registered, ConfigsThatWalkOrSplitTheWidth) {
   EXPECT_CONTAINS(refusal("2d c64>64 i16x16 t3x3 tf32", splits), "have the same shifts");
 }
 
+TEST(Registered, LinesOfARowRefuse) {
+  if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
+  const auto refusal = [](const std::string& problem, const std::string& config) -> std::string {
+    try {
+      make_plan(parse_problem(problem + " channels_last grad_weight"), {}, known_device("h200"),
+                "line_gemm_grad_weight_sm90:" + config, kernels(Backend::cuda));
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "";
+  };
+  const std::string narrow = "64x32x64,s2,w12", wide = "64x64x64,s2,w12";
+  EXPECT_EQ(refusal("3d c32>32 i8x8x64 t3x3x3 s2 p1 f16", narrow), "");
+  EXPECT_EQ(refusal("2d c64>64 i16x16 t4x4 s2 p1 bf16", wide), "");  // a piece at a time
+  EXPECT_CONTAINS(refusal("2d c64>64 i16x16 t3x3 s2 p1", wide), "not a 16-bit");
+  EXPECT_CONTAINS(refusal("2d g2 c64>64 i16x16 t3x3 f16", wide), "groups 2");
+  EXPECT_CONTAINS(refusal("2d c64>60 i16x16 t3x3 f16", wide), "no multiple of 8");
+  EXPECT_CONTAINS(refusal("2d c64>64 i16x16 t9x9 f16", wide), "do not fit registers");
+  EXPECT_CONTAINS(refusal("1d c64>512 i100 t256 s128 p64 f16", wide), "constant memory");
+  EXPECT_CONTAINS(refusal("2d c64>64 i16x16 t1x3 d1x600 p0x600 f16", wide), "no tile fits");
+}
+
 TEST(Registered, TilesOfAConfigFit) {
   const Device device = known_device("h200");
   int kernels_with_tiles = 0;

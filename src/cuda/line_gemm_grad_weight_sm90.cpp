@@ -21,7 +21,8 @@ constexpr Config kConfigs[] = {{64, 16, 64, 2, 12},  {64, 32, 64, 2, 12},  {64, 
                                {64, 32, 128, 2, 12}, {64, 64, 128, 2, 12}, {64, 16, 64, 2, 8},  {64, 32, 64, 2, 8},
                                {64, 64, 64, 2, 8},   {64, 32, 128, 2, 8},  {64, 64, 128, 2, 8}};
 
-constexpr int kMaxSets = 512;  // of a block; tables in constant memory
+constexpr int kMaxSets = 512;                  // of a block
+constexpr int64_t kMostTableWords = 12 << 10;  // in constant memory, which has 16 Ki
 constexpr int kMaxStages = 12;
 constexpr int kMostBox = 256;
 constexpr int kFlush = 8192;  // positions, as in tap_gemm_half_grad_weight_sm90
@@ -219,10 +220,11 @@ Geometry geometry(const Problem& problem, const Device& device, const Config& co
       fewest = std::min(fewest, sets);
       if (sets > most * g.warpgroups) continue;
       t.sets = static_cast<int>(ceil_div(sets, g.warpgroups));
+      if (int64_t{t.slices()} * t.block_sets() * (problem.stride[2] + 3) > kMostTableWords) continue;
       choose_tile(problem, device, config, t, best, g);
     }
   if (fewest > most * g.warpgroups) return refuse(std::to_string(fewest) + " sets of sums do not fit registers");
-  if (g.tw == 0) return refuse("no tile fits shared memory");
+  if (g.tw == 0) return refuse("no tile fits shared memory, or no table of the taps constant memory");
   return g;
 }
 
