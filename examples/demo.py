@@ -114,16 +114,21 @@ def seed_row(shape: problems.Shape, device: torch.device, progress: Progress) ->
     progress.step(f"{label}: verify")
     ok, worst = close(forward["tconv"][0], forward["PyTorch"][0])
     # A gradient of a weight adds up millions of terms: its rounding error grows with the sum, as rtol allows.
+    agree, mark = True, ""
     for mine, reference in zip(backward["tconv"][0], backward["PyTorch"][0], strict=True):
         scale = float(reference.abs().max()) or 1.0
         good, most = close(mine / max(scale, 1.0), reference / max(scale, 1.0))
-        ok, worst = ok and good, max(worst, most)
+        agree, worst = agree and good, max(worst, most)
+    if ok and not agree and math.isfinite(worst):  # float64 says who is right
+        errors = bench.against_float64(case, "backward", grad_output, backward["tconv"][0], backward["PyTorch"][0])
+        agree, mark = errors["tconv"] <= errors["torch"], "*"
+    ok = ok and agree
     t, f = (forward[side][1] * 1e3 for side in ("PyTorch", "tconv"))
     tb, fb = (backward[side][1] * 1e3 for side in ("PyTorch", "tconv"))
     batch = f"{shape.batch} of {shape.full_batch}" if shape.full_batch else str(shape.batch)
     name = {"kernelbench_1_73_groups4": "S3 groups=4"}.get(shape.name, shape.seed)
     text = f"{name:<12} {batch:>8} {t:>10.1f} {f:>10.1f} {t / f:>6.2f} {tb:>11.1f} {fb:>10.1f} {tb / fb:>6.2f}"
-    return f"{text}  {'ok' if ok else 'WRONG'} ({worst:.2f} of it)", ok
+    return f"{text}  {'ok' + mark if ok else 'WRONG'} ({worst:.2f} of it)", ok
 
 
 def build_key(device: torch.device) -> str:
@@ -166,6 +171,8 @@ def seeds(device: torch.device, progress: Progress, most_batch: int, out: Path, 
     sides = f"{'fwd torch':>10} {'tconv':>10} {'ratio':>6} {'bwd torch':>11} {'tconv':>10} {'ratio':>6}"
     print(f"{'':<12} {'batch':>8} {sides}")
     print("\n".join(lines))
+    if any("ok*" in line for line in lines):
+        print("* beyond it, because gradients of PyTorch's are further from those in float64 than tconv's")
     if good and not quick and most_batch > max(s.batch for s in shapes.values()):
         out.mkdir(parents=True, exist_ok=True)
         temporary = record.with_suffix(".part")
