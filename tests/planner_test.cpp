@@ -473,15 +473,20 @@ TEST(Registered, AConfigMayStateItsTile) {
 }
 
 // The tiles that `tconv tune` times beside a config's own: each fits and no two are the same.
+// Why a config, "kernel:config", refuses a problem on an H200; empty where it does not.
+std::string refusal_of(const std::string& problem, const std::string& config) {
+  try {
+    make_plan(parse_problem(problem), {}, known_device("h200"), config, kernels(Backend::cuda));
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "";
+}
+
 TEST(Registered, ConfigsThatWalkOrSplitTheWidth) {
   if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
-  const auto refusal = [](const char* problem, const std::string& config) -> std::string {
-    try {
-      make_plan(parse_problem(problem), {}, known_device("h200"), "ring_gemm_sm90:" + config, kernels(Backend::cuda));
-    } catch (const std::invalid_argument& error) {
-      return error.what();
-    }
-    return "";
+  const auto refusal = [](const std::string& problem, const std::string& config) {
+    return refusal_of(problem, "ring_gemm_sm90:" + config);
   };
   const std::string walks = "64x128x16,s7,w20,k4", splits = "64x96x32,s1,w20,k8";
   EXPECT_EQ(refusal("2d c64>64 i64x64 t3x3 tf32", walks), "");
@@ -497,14 +502,8 @@ TEST(Registered, ConfigsThatWalkOrSplitTheWidth) {
 
 TEST(Registered, LinesOfARowRefuse) {
   if (kernels(Backend::cuda).empty()) GTEST_SKIP() << "no CUDA kernels";
-  const auto refusal = [](const std::string& problem, const std::string& config) -> std::string {
-    try {
-      make_plan(parse_problem(problem + " channels_last grad_weight"), {}, known_device("h200"),
-                "line_gemm_grad_weight_sm90:" + config, kernels(Backend::cuda));
-    } catch (const std::invalid_argument& error) {
-      return error.what();
-    }
-    return "";
+  const auto refusal = [](const std::string& problem, const std::string& config) {
+    return refusal_of(problem + " channels_last grad_weight", "line_gemm_grad_weight_sm90:" + config);
   };
   const std::string narrow = "64x32x64,s2,w12", wide = "64x64x64,s2,w12";
   EXPECT_EQ(refusal("3d c32>32 i8x8x64 t3x3x3 s2 p1 f16", narrow), "");
