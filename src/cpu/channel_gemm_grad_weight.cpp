@@ -75,7 +75,8 @@ struct Work {
   Buffers<S> buffers;
   int64_t group, b, samples, first[2], count[2], pitch[2];  // channels of the item
   int64_t q0[3], n[3], raw[3];
-  S* partial;  // of the item's part and group
+  S* partial;    // of the item's part and group
+  double* bias;  // of the item's part and its first output channel; null: another item adds these
 
   bool stage(int side) {
     ChannelBox box{};
@@ -96,7 +97,13 @@ struct Work {
       box.extent[dim] = side == 0 ? n[dim] : raw[dim];
       volume *= box.extent[dim];
     }
-    if (side == 1) box.used[0] = task.used[0], box.used[1] = task.used[1];
+    if (side == 1) {
+      box.used[0] = task.used[0], box.used[1] = task.used[1];
+      box.sums = bias;
+      // What lies beyond the box's own positions is another tile's, but behind the last tile nobody's.
+      for (int dim = 0; dim < 3; ++dim)
+        box.owned[dim] = q0[dim] + n[dim] == task.grid[dim] ? raw[dim] : task.stride[dim] * n[dim];
+    }
     bool finite = true;
     for (int64_t sample = 0; sample < samples; ++sample) {
       box.b = b + sample;
@@ -327,7 +334,7 @@ struct Work {
 
 template <class S>
 void run_typed(const ChannelGradWeightTask& task, int64_t item, void* scratch) {
-  Work<S> work{task, carve<S>(task, scratch), 0, 0, 0, {}, {}, {}, {}, {}, {}, nullptr};
+  Work<S> work{task, carve<S>(task, scratch), 0, 0, 0, {}, {}, {}, {}, {}, {}, nullptr, nullptr};
   for (int side = 0; side < 2; ++side) {
     work.first[side] = item % task.chunks[side] * task.chunk[side];
     work.count[side] = min_of(task.chunk[side], task.channels[side] - work.first[side]);
@@ -340,9 +347,12 @@ void run_typed(const ChannelGradWeightTask& task, int64_t item, void* scratch) {
   auto enter = [&](int64_t group) {
     work.group = group;
     work.partial = static_cast<S*>(task.partial) + part * task.partial_elements + group * group_elements;
+    if (task.bias && work.first[0] == 0)
+      work.bias = task.bias + part * task.whole_channels[1] + group * task.channels[1] + work.first[1];
   };
   for (int64_t group = g0; group < g0 + task.item_groups; ++group) {
     enter(group);
+    for (int64_t c = 0; work.bias && c < work.count[1]; ++c) work.bias[c] = 0;
     if (task.windows) {
       memset(work.partial + work.first[o] * task.row_elements, 0,
              static_cast<size_t>(work.count[o] * task.row_elements) * sizeof(S));

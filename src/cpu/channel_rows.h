@@ -137,6 +137,8 @@ struct ChannelBox {
   int64_t step;         // columns are split by their phase
   int64_t phase;        // the only one that is read; -1: all
   const bool* used[2];  // [depth or height in the box]: whether it is read at all; null: all
+  double* sums;         // [channel of the box], contiguous tensors: the positions below `owned` are added; null: none
+  int64_t owned[3];
 };
 
 #if defined(__AVX512F__)
@@ -192,6 +194,15 @@ TCONV_INLINE void stage_dense(const ChannelBox& box, int64_t first, int64_t lo, 
       }
     }
   }
+}
+
+// The sum of N vectors, pair by pair.
+template <class S, int64_t N>
+TCONV_INLINE Vec<S> add_all(const Vec<S>* v) {
+  if constexpr (N == 1)
+    return v[0];
+  else
+    return add_all<S, N / 2>(v) + add_all<S, N - N / 2>(v + N / 2);
 }
 
 // target[((d * extent[1] + h) * columns + w % step * split + w / step) * pitch + c], split = ceil(extent[2] / step) and
@@ -273,9 +284,11 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
         }
         continue;
       }
+      const int64_t owned = box.sums && d < box.owned[0] && h < box.owned[1] ? box.owned[2] : 0;
       for (int64_t c = 0; c < box.n; c += kBlock) {
         const int64_t count = box.n - c < kBlock ? box.n - c : kBlock;
         const int64_t index = (box.b * box.channels + box.channel + c) * positions + position;
+        Vec<S> sum{};
         if (box.step == 2 && box.phase >= 0 && pitch >= kBlock) {
           for (int64_t w = lo + (lo + box.phase) % 2; w < hi; w += 2 * kBlock) {
             Vec<S> v[kBlock] = {};
@@ -315,6 +328,10 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
             continue;
           }
           transpose_block<S>(v);
+          if (w + kBlock <= owned)
+            sum += add_all<S, kBlock>(v);
+          else
+            for (int64_t j = 0; j < owned - w; ++j) sum += v[j];
           int64_t phase = w % box.step, at = w / box.step;
           for (int64_t j = 0; j < n; ++j) {
             S* to = out + (phase * split + at) * pitch + c;
@@ -325,6 +342,7 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
             if (++phase == box.step) phase = 0, ++at;
           }
         }
+        for (int64_t i = 0; owned && i < count; ++i) box.sums[c + i] += static_cast<double>(sum[i]);
       }
     }
   return reduce<S>(nothing) == 0;

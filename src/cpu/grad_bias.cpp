@@ -26,9 +26,13 @@ void launch_grad_bias(const Problem& problem, const Tensors& tensors, void* work
   const std::int64_t rows = problem.batch * task.runs;
   parallel_for(rows * (problem.layout == Layout::contiguous ? problem.out_channels : 1), threads,
                [&](std::int64_t item) { sum_bias(task, item); });
+  store_grad_bias(problem, tensors, task.sums, rows);
+}
+
+void store_grad_bias(const Problem& problem, const Tensors& tensors, const double* sums, std::int64_t rows) {
   for (std::int64_t c = 0; c < problem.out_channels; ++c) {
     double sum = 0;
-    for (std::int64_t row = 0; row < rows; ++row) sum += task.sums[row * problem.out_channels + c];
+    for (std::int64_t row = 0; row < rows; ++row) sum += sums[row * problem.out_channels + c];
     store_element(tensors.grad_bias, problem.dtype, c, sum);
   }
 }

@@ -24,5 +24,7 @@ using SumBias = void (*)(const GradBiasTask&, std::int64_t item);
 std::size_t grad_bias_bytes(const Problem& problem);
 // workspace: grad_bias_bytes, 64-byte aligned.
 void launch_grad_bias(const Problem& problem, const Tensors& tensors, void* workspace, int threads, SumBias sum_bias);
+// grad_bias[c] = the sum over rows of sums[row][c], in order.
+void store_grad_bias(const Problem& problem, const Tensors& tensors, const double* sums, std::int64_t rows);
 
 }  // namespace tconv::cpu

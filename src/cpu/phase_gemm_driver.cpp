@@ -16,7 +16,7 @@ namespace {
 
 struct Geometry {
   PhaseGemmTask task{};
-  std::vector<std::int64_t> plane_phase, tap_offset, mask_offset, tap_source;
+  std::vector<std::int64_t> plane_phase, plane_rows, tap_offset, mask_offset, tap_source;
   std::vector<int> phase_taps;
   std::vector<int> tap_order;  // [sorted] -> index of the tap in the weight tensor
   double cycles = 0;           // of one core, predicted, all items
@@ -163,12 +163,17 @@ void choose_grad_weight_tile(const Layer& layer, Geometry& geometry) {
         const double spill = bytes < 0.5 * layer.l2_bytes ? 1.0 : bytes < layer.l2_bytes ? 1.1 : 1.4;
         const double rows = (layer.k * layer.planes + layer.m) * plane / static_cast<double>(w + layer.range[2]);
         const double vectors = std::ceil(plane / layer.lanes);
-        const double pairs = std::ceil(layer.k / 4) * std::ceil(layer.m / 4) * layer.taps;
+        double products = std::ceil(layer.k / 4) * std::ceil(layer.m / 4) * layer.taps * (vectors * 10 * spill + 60);
         // Three input channels are tiles of 2 and 1. With 16 registers kernelbench_2_60's layer (8 samples) took 41 ms here
         // and 27 in channel_gemm_grad_weight.
-        const double small = layer.k < 4 || (layer.m < 4 && layer.register_m == 8) ? 0.6 : 1.0;
-        const double cycles = 500 + rows * 16 + staged / layer.lanes * (layer.channels_last ? 20 : 5) +
-                              pairs * small * (vectors * 10 * spill + 60);
+        if (layer.k < 4 || (layer.m < 4 && layer.register_m == 8)) products *= 0.6;
+        if (layer.k == 1 && layer.m == 1) {  // as many taps as lanes at a time, those left over one by one
+          const double lanes = static_cast<double>(layer.lanes), left = std::fmod(layer.taps, lanes);
+          const double together = std::floor(layer.taps / lanes) + (left > lanes / 2 ? 1 : 0);
+          products = together * (vectors * (0.55 * lanes + 1) * spill + 60);
+          if (left <= lanes / 2) products += left * (vectors * 1.5 * spill + 30);
+        }
+        const double cycles = 500 + rows * 16 + staged / layer.lanes * (layer.channels_last ? 20 : 5) + products;
         const double total = items * cycles;
         if (total >= best) continue;
         best = total;
@@ -222,6 +227,17 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
       for (int w : phases[2]) geometry->plane_phase.insert(geometry->plane_phase.end(), {d, h, w});
   task.num_planes = static_cast<int>(geometry->plane_phase.size() / 3);
   task.plane_phase = geometry->plane_phase.data();
+  for (std::size_t at = 0; at < geometry->plane_phase.size(); at += at % 3 == 0 ? 1 : 2) {
+    const std::size_t dim = at % 3;
+    std::int64_t low = range[dim], high = 0;
+    for (const DimTap& tap : taps[dim]) {
+      if (tap.source_phase != geometry->plane_phase[at]) continue;
+      low = std::min(low, tap.shift - task.first_shift[dim]);
+      high = std::max(high, tap.shift - task.first_shift[dim]);
+    }
+    geometry->plane_rows.insert(geometry->plane_rows.end(), {low, high - low});
+  }
+  task.plane_rows = geometry->plane_rows.data();
   task.num_taps = volume(problem.kernel);
 
   Layer layer{};
@@ -518,7 +534,7 @@ void launch_grad_weight(const Step& step, const Tensors& tensors, Stream stream,
   const Parts parts = parts_of(problem, task.gradient);
   task.gradient.m_chunk = parts.chunk;
   task.gradient.m_chunks = parts.chunks;
-  const std::vector<std::int64_t> origin(3, 0);
+  const std::vector<std::int64_t> origin(4, 0);
   std::vector<PhaseOp> pre;
   for (const Op& op : step.epilogue.pre) pre.push_back({op.kind, OperandKind::none, op.a, op.b, nullptr});
   task.input = geometry->task;
@@ -526,6 +542,7 @@ void launch_grad_weight(const Step& step, const Tensors& tensors, Stream stream,
   task.input.source_channels = problem.in_channels;
   task.input.num_planes = 1;
   task.input.plane_phase = origin.data();
+  task.input.plane_rows = origin.data();
   task.input.pre = pre.data();
   task.input.num_pre = static_cast<int>(pre.size());
   for (int dim = 0; dim < 3; ++dim) {

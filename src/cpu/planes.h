@@ -61,6 +61,36 @@ TCONV_INLINE void prefetch_row(const void* source, DType dtype, int64_t index, i
   for (int64_t at = 0, bytes = min_of(n * element, 1024); at < bytes + 63; at += 64) __builtin_prefetch(first + at);
 }
 
+// Lanes [lo, hi) of the vector at `index`, zeros in the others.
+template <class S>
+TCONV_INLINE Vec<S> load_inside(const void* source, DType dtype, int64_t index, int64_t lo, int64_t hi) {
+  constexpr int64_t kBlock = kLanes<S>;
+  hi = hi < kBlock ? hi : kBlock;
+  if (lo <= 0) return load_lanes<S>(source, dtype, index, hi > 0 ? hi : 0);
+  S lanes[2 * kBlock];
+  store(lanes, Vec<S>{});
+  if (lo < hi) store(lanes + lo, load_lanes<S>(source, dtype, index + lo, hi - lo));
+  return load(lanes);
+}
+
+// half[r][x] = element (index + 2 * x + r) where 2 * x + r is in [lo, hi), else 0, for x < n and each half that is not null.
+// Writes up to a vector beyond n.
+template <class S>
+TCONV_INLINE void split_row(const void* source, DType dtype, int64_t index, int64_t lo, int64_t hi, int64_t n,
+                            S* const* half) {
+  constexpr int64_t kBlock = kLanes<S>;
+  constexpr LaneNumbers<kLanes<S>> lanes;
+  for (int64_t x = 0; x < n; x += kBlock) {
+    Vec<S> v[2];
+    for (int64_t i = 0; i < 2; ++i) {
+      const int64_t at = 2 * x + i * kBlock;
+      v[i] = load_inside<S>(source, dtype, index + at, lo - at, hi - at);
+    }
+    if (half[0]) store(half[0] + x, take_even<S>(v[0], v[1], lanes));
+    if (half[1]) store(half[1] + x, take_odd<S>(v[0], v[1], lanes));
+  }
+}
+
 // Stages channels [k0, k1) of planes [first, next), which share their depth and height phase and differ in the width phase.
 template <class S, class Buffers>
 void stage_block(const PhaseGemmTask& task, const Place& place, const Buffers& buffers, int first, int next, int64_t k0,
@@ -77,7 +107,10 @@ void stage_block(const PhaseGemmTask& task, const Place& place, const Buffers& b
   auto row_at = [&](int plane, int64_t k, int64_t d, int64_t h) {
     return buffers.planes + plane * task.phase_pitch + k * task.plane_pitch + (d * task.plane[1] + h) * task.plane[2];
   };
+  const int64_t* rows = task.plane_rows + 4 * first;
   auto source_row = [&](int64_t d, int64_t h) -> int64_t {  // first position of a source row, or -1
+    if (d < rows[0] || d >= rows[0] + rows[1] + place.n[0] || h < rows[2] || h >= rows[2] + rows[3] + place.n[1])
+      return -1;  // of another phase's taps
     const int64_t sd = task.source_step[0] * (place.q0[0] + task.first_shift[0] + d) + phase[0];
     const int64_t sh = task.source_step[1] * (place.q0[1] + task.first_shift[1] + h) + phase[1];
     if (sd < 0 || sd >= task.source_size[0] || sh < 0 || sh >= task.source_size[1]) return -1;
@@ -87,7 +120,7 @@ void stage_block(const PhaseGemmTask& task, const Place& place, const Buffers& b
     const int64_t unit = kPairs ? 2 : 1;
     for (int64_t k = k0; k < k1; ++k) {
       const int64_t channel = (place.b * channels + place.source_channel + k * unit) * positions;
-      const bool ahead = k + 2 < task.rows;
+      const bool ahead = k + 2 < task.rows, split = task.num_planes > 1;
       for (int64_t d = 0; d < depth; ++d)
         for (int64_t h = 0; h < height; ++h) {
           const int64_t row = source_row(d, h);
@@ -95,13 +128,23 @@ void stage_block(const PhaseGemmTask& task, const Place& place, const Buffers& b
             for (int plane = first; plane < next; ++plane) zero(row_at(plane, k, d, h), width);
             continue;
           }
+          const int64_t index = channel + row + from;
+          if (ahead) {
+            for (int64_t i = 0; i < unit; ++i)
+              prefetch_row(task.source, task.dtype, index, until - from, (2 * unit + i) * positions);
+          } else if (split) {
+            prefetch_row(task.source, task.dtype, index, until - from, 4 * task.source_step[1] * task.source_size[2]);
+          }
+          if (!kPairs && step == 2 && task.num_pre == 0) {
+            S* half[2] = {nullptr, nullptr};
+            for (int plane = first; plane < next; ++plane)
+              half[task.plane_phase[3 * plane + 2]] = row_at(plane, k, d, h);
+            split_row(task.source, task.dtype, channel + row + column, from - column, until - column, width, half);
+            continue;
+          }
           // Through a line: taking every step-th element from the tensor itself, once for each plane, made the grad_input of
           // kernelbench_1_81 29 ms instead of 20 and of 1_73 105 instead of 103.
           S* line = step == 1 ? row_at(first, k, d, h) : buffers.line;
-          const int64_t index = channel + row + from;
-          if (ahead)
-            for (int64_t i = 0; i < unit; ++i)
-              prefetch_row(task.source, task.dtype, index, until - from, (2 * unit + i) * positions);
           if constexpr (kPairs)
             load_pairs(task.source, index, positions, until - from, line + (from - column));
           else
