@@ -31,8 +31,10 @@ constexpr int64_t kRunPositions = 192;
 
 template <class S>
 struct Buffers {
-  S *staged[2], **sums;
-  int64_t *run[2], *offset;
+  S* staged[2];
+  int64_t* run[2];
+  int64_t* offset;  // [tap][channel of the broadcast side]: of its first value
+  int64_t* sums;    // the same: of its sums, from Work::partial on
   int64_t bytes;
 };
 
@@ -56,7 +58,7 @@ Buffers<S> carve(const ChannelGradWeightTask& task, void* scratch) {
   buffers.run[1] = indices(runs);
   const int64_t rows = task.chunk[1 - task.vector_side] * task.num_taps;
   buffers.offset = indices(rows);
-  buffers.sums = static_cast<S**>(take(rows * static_cast<int64_t>(sizeof(S*))));
+  buffers.sums = indices(rows);
   buffers.bytes = used;
   return buffers;
 }
@@ -169,13 +171,13 @@ struct Work {
 
   // Rows of one block of vectors from v0 on, over the runs in the tile.
   void multiply_rows(ChannelTile<S>& tile, int64_t v0, int vectors, int64_t rows, const int64_t* offset,
-                     S* const* sums) const {
+                     const int64_t* sums) const {
     const int most = vectors == 1 ? rows_for(1) : vectors == 2 ? rows_for(2) : vectors == 3 ? rows_for(3) : rows_for(4);
     for (int64_t r = 0; r < rows;) {
       const int64_t left = rows - r;  // the last two tiles share what is left
       const int height = static_cast<int>(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
       S* at[kMostRows];
-      for (int i = 0; i < height; ++i) at[i] = sums[r + i] + v0 * tile.sums_step;
+      for (int i = 0; i < height; ++i) at[i] = partial + sums[r + i] + v0 * tile.sums_step;
       tile.offset = offset + r;
       tile.sums = at;
       if (task.depthwise)
@@ -206,7 +208,7 @@ struct Work {
         tile.runs = min_of(in_cache, runs - run);
         tile.run_v = buffers.run[v] + run;
         tile.run_b = buffers.run[o] + run;
-        auto product = [&](const S* vector, const S* scalar, int64_t rows, const int64_t* offset, S* const* sums) {
+        auto product = [&](const S* vector, const S* scalar, int64_t rows, const int64_t* offset, const int64_t* sums) {
           tile.vector = vector + v0 * kLanes<S> + lo * step[v];
           tile.scalar = scalar + lo * step[o] + (task.depthwise ? v0 * kLanes<S> : 0);
           multiply_rows(tile, v0, block_vectors, rows, offset, sums);
@@ -292,7 +294,7 @@ struct Work {
                 buffers.staged[1] + offset +
                     (((sample * raw[0] + d * task.stride[0]) * raw[1] + h * task.stride[1]) * raw[2] + w) * pitch[1]};
             for (int64_t c = 0; c < count[o]; ++c) {
-              S* sums = buffers.sums[tap * count[o] + c];
+              S* sums = partial + buffers.sums[tap * count[o] + c];
               const int64_t step = task.windows ? kLanes<S> : vector_sums(task) * kLanes<S>;
               for (int64_t lane = 0; lane < count[v]; lane += kLanes<S>, sums += step) {
                 const int64_t some = min_of(kLanes<S>, count[v] - lane);
@@ -316,13 +318,10 @@ struct Work {
     bool finite = stage(0);
     finite &= stage(1) || !kPairs || n[2] % 2 == 0;  // the last of an odd number is paired with a zero
     const int o = 1 - task.vector_side;
-    for (int64_t tap = 0; tap < task.num_taps; ++tap)
-      for (int64_t c = 0; c < count[o]; ++c) {
-        buffers.offset[tap * count[o] + c] = o == 1 ? tap_offset(tap) + c : c;
-        buffers.sums[tap * count[o] + c] =
-            partial + (task.windows ? (first[o] + c) * task.row_elements + task.tap_sums[tap]
-                                    : first[1 - o] * vector_sums(task) + sums_at(task, first[o] + c, tap) * kLanes<S>);
-      }
+    for (int64_t tap = 0; tap < task.num_taps; ++tap) {
+      const int64_t at = o == 1 ? tap_offset(tap) : 0;
+      for (int64_t c = 0; c < count[o]; ++c) buffers.offset[tap * count[o] + c] = at + c;
+    }
     if (!finite) return multiply_exactly();
     make_pairs(0);
     make_pairs(1);
@@ -367,6 +366,11 @@ void run_typed(const ChannelGradWeightTask& task, int64_t item, void* scratch) {
                  static_cast<size_t>((c - c0) * kLanes<S>) * sizeof(S));
       }
   }
+  for (int64_t tap = 0; tap < task.num_taps; ++tap)
+    for (int64_t c = 0; c < work.count[o]; ++c)
+      work.buffers.sums[tap * work.count[o] + c] =
+          task.windows ? (work.first[o] + c) * task.row_elements + task.tap_sums[tap]
+                       : work.first[1 - o] * vector_sums(task) + sums_at(task, work.first[o] + c, tap) * kLanes<S>;
   const int64_t last = (part + 1) * task.num_tiles / task.parts;
   for (int64_t at = part * task.num_tiles / task.parts; at < last; ++at)
     for (int64_t group = g0; group < g0 + task.item_groups; ++group) {

@@ -291,31 +291,36 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
         Vec<S> sum{};
         if (box.step == 2 && box.phase >= 0 && pitch >= kBlock) {
           for (int64_t w = lo + (lo + box.phase) % 2; w < hi; w += 2 * kBlock) {
-            Vec<S> v[kBlock] = {};
-            for (int64_t i = 0; i < count; ++i) {
+            Vec<S> v[kBlock];
+            load_block<S>(v, count, [&](int64_t i) {
               const int64_t at = index + i * positions + w, left = hi - w;
               const Vec<S> a = load_lanes<S>(box.source, box.dtype, at, left < kBlock ? left : kBlock);
               const int64_t rest = left < kBlock ? 0 : left < 2 * kBlock ? left - kBlock : kBlock;
               const Vec<S> b = load_lanes<S>(box.source, box.dtype, at + kBlock, rest);
-              v[i] = finish(take_even<S>(a, b, LaneNumbers<kLanes<S>>{}));
-              nothing += v[i] * S(0);
-            }
+              const Vec<S> values = finish(take_even<S>(a, b, LaneNumbers<kLanes<S>>{}));
+              nothing += values * S(0);
+              return values;
+            });
             transpose_block<S>(v);
             const int64_t n = (hi - w + 1) / 2 < kBlock ? (hi - w + 1) / 2 : kBlock;
             S* to = out + (box.phase * split + w / 2) * pitch + c;
-            for (int64_t j = 0; j < n; ++j) store(to + j * pitch, v[j]);
+#pragma GCC unroll 16
+            for (int j = 0; j < kBlock; ++j)
+              if (j < n) store(to + j * pitch, v[j]);
           }
           continue;
         }
         for (int64_t w = lo; w < hi; w += kBlock) {
           const int64_t n = hi - w < kBlock ? hi - w : kBlock;
-          Vec<S> v[kBlock] = {};
-          for (int64_t i = 0; i < count; ++i) {
-            v[i] = finish(load_lanes<S>(box.source, box.dtype, index + i * positions + w, n));
+          Vec<S> v[kBlock];
+          load_block<S>(v, count, [&](int64_t i) {
+            const int64_t at = index + i * positions + w;
             __builtin_prefetch(static_cast<const char*>(box.source) +
-                               (index + i * positions + w + ahead) * static_cast<int64_t>(size_of(box.dtype)));
-            nothing += v[i] * S(0);
-          }
+                               (at + ahead) * static_cast<int64_t>(size_of(box.dtype)));
+            const Vec<S> values = finish(load_lanes<S>(box.source, box.dtype, at, n));
+            nothing += values * S(0);
+            return values;
+          });
           if (pitch < kBlock && count < 4) {
             S block[kBlock * kBlock];
             for (int64_t i = 0; i < count; ++i) store(block + i * kBlock, v[i]);
@@ -328,12 +333,12 @@ bool stage_box(const ChannelBox& box, S* target, int64_t pitch, const Finish& fi
             continue;
           }
           transpose_block<S>(v);
-          if (w + kBlock <= owned)
-            sum += add_all<S, kBlock>(v);
-          else
-            for (int64_t j = 0; j < owned - w; ++j) sum += v[j];
+          if (w + kBlock <= owned) sum += add_all<S, kBlock>(v);
           int64_t phase = w % box.step, at = w / box.step;
-          for (int64_t j = 0; j < n; ++j) {
+#pragma GCC unroll 16
+          for (int j = 0; j < kBlock; ++j) {
+            if (j >= n) break;
+            if (w + j < owned && owned < w + kBlock) sum += v[j];
             S* to = out + (phase * split + at) * pitch + c;
             if (pitch < kBlock)
               store_part(to, v[j], count);

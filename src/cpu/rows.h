@@ -204,6 +204,14 @@ void take_every(const S* from, int64_t step, int64_t n, S* to) {
   for (; q < n; ++q) to[q] = from[step * q];
 }
 
+// v[i] = load(i) for i < n, zeros behind. All in registers: an array that is cleared first lies in memory, and GCC clears it
+// by `rep stos`, a quarter of the time of staging nnunet3d_64_32's grad_output.
+template <class S, class Load>
+TCONV_INLINE void load_block(Vec<S>* v, int64_t n, const Load& load) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<S>; ++i) v[i] = i < n ? load(i) : Vec<S>{};
+}
+
 // v[i] lane j <-> v[j] lane i, in log2(lanes) rounds of two shuffles for each pair of vectors.
 template <class S, int Width, int... Lane>
 TCONV_INLINE void transpose_round(Vec<S>* v, LaneList<Lane...> lanes) {
@@ -313,10 +321,12 @@ void load_transposed(const void* source, DType dtype, int64_t index, int64_t str
   for (int64_t x = 0; x < n; x += kBlock)
     for (int64_t c = 0; c < channels; c += kBlock) {
       const int64_t nx = n - x < kBlock ? n - x : kBlock, nc = channels - c < kBlock ? channels - c : kBlock;
-      Vec<S> v[kBlock] = {};
-      for (int64_t i = 0; i < nx; ++i) v[i] = load_lanes<S>(source, dtype, index + (x + i) * stride + c, nc);
+      Vec<S> v[kBlock];
+      load_block<S>(v, nx, [&](int64_t i) { return load_lanes<S>(source, dtype, index + (x + i) * stride + c, nc); });
       transpose_block<S>(v);
-      for (int64_t j = 0; j < nc; ++j) copy_part(rows + (c + j) * pitch + x, v[j], nx);
+#pragma GCC unroll 16
+      for (int j = 0; j < kBlock; ++j)
+        if (j < nc) copy_part(rows + (c + j) * pitch + x, v[j], nx);
     }
 }
 
@@ -358,10 +368,12 @@ void store_transposed(const S* rows, int64_t pitch, void* target, DType dtype, i
     const int64_t nc = channels - c < kBlock ? channels - c : kBlock;
     for (int64_t x = 0; x < n; x += kBlock) {
       const int64_t nx = n - x < kBlock ? n - x : kBlock;
-      Vec<S> v[kBlock] = {};
-      for (int64_t j = 0; j < nc; ++j) v[j] = load(rows + (c + j) * pitch + x);
+      Vec<S> v[kBlock];
+      load_block<S>(v, nc, [&](int64_t j) { return load(rows + (c + j) * pitch + x); });
       transpose_block<S>(v);
-      for (int64_t i = 0; i < nx; ++i) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kBlock; ++i) {
+        if (i >= nx) break;
         const int64_t at = index + (x + i) * stride + c;
         if (size_of(dtype) == sizeof(S)) {
           copy_part(static_cast<S*>(target) + at, v[i], nc);
