@@ -111,8 +111,8 @@ TEST(RandomProblems, MatchTheReferenceOnCuda) {
   check_random(cuda_device(0), 100, false);
 }
 
-// Small problems fit the caches, so that nothing is cut into slabs of channels; here they do not.
-TEST(SmallCaches, SlabsMatchTheReference) {
+// Small problems fit the caches, so that nothing is cut into slabs of channels, and one tile holds a sample; here they do not.
+TEST(SmallCaches, SlabsAndTilesMatchTheReference) {
   Device device = cpu_device();
   device.l2_bytes = 16 << 10;
   for (const char* text : {
@@ -124,6 +124,15 @@ TEST(SmallCaches, SlabsMatchTheReference) {
            "3d b2 c64>24 i3x4x5 t3x2x3 s2 p1",
            "1d b5 c96>64 i9 t16 s8 p4 bf16",
            "2d b2 c64>40 i7x6 t3x3 s1x2 f16 channels_last",
+           // The bias's sums belong to one tile each, and to none where rows are never read or lie behind the last tap.
+           "2d b2 c8>12 i9x150 t4x4 s2 p1",
+           "3d b2 g2 c16>16 i5x6x40 t3x3x3 s2 p1 bf16",
+           "2d b2 c12>20 i7x13 t3x3 s3 p2 op1",
+           "2d b2 c12>20 i7x40 t3x3 s3 p1 op2",
+           "2d b2 c16>9 i6x70 t2x3 s3x2 op1",
+           "2d b2 c9>10 i8x39 t3x3 s2 p1 d2",
+           "3d b2 g8 c8>8 i6x7x20 t5x5x5 s2 p2",
+           "1d b3 c40>36 i300 t5 s2 p1 f64",
        })
     for (const char* direction : {" grad_input", " grad_weight"})
       for (bool non_finite : {false, true}) {

@@ -552,6 +552,7 @@ void set_segment(const Problem& problem, const Device& device, const Config& con
 template <typename Visit>
 void each_tile(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
                const Geometry& base, const std::vector<int>& widths, Visit visit) {
+  Geometry t;  // one for all: a new one for each tile made ten allocations
   for (int beside = 0; beside < (base.row_groups == 2 ? 1 : 2); ++beside)  // runs above each other, or side by side
     for (int tw : widths) {
       if (tw < 4 || tw > config.block_n) continue;
@@ -566,7 +567,7 @@ void each_tile(const Problem& problem, const Epilogue& epilogue, const Device& d
       for (int th : {stated > 0 ? stated : most, stated > 0 ? stated : wanted}) {
         if (th < 1 || th > std::min(most, 256)) continue;
         if (config.tile_h > 0 && th * groups_high != config.tile_h) continue;
-        Geometry t = base;
+        t = base;
         t.staged[2] = columns;
         if (!set_tile(problem, th, tw, groups_high, t) || !lay_out(problem, device, config, t)) continue;
         t.tiles[0] = std::max<int64_t>(1, t.lattice[0]);

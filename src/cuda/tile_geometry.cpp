@@ -3,7 +3,6 @@
 #include "tile_geometry.h"
 
 #include <algorithm>
-#include <limits>
 
 namespace tconv::cuda {
 
@@ -28,42 +27,41 @@ Rows rows_of(int tile, int multiplier, const std::vector<int>& offset) {
 }
 
 Columns columns_of(int tile, int multiplier, const std::vector<int>& offset) {
-  Columns by_residue, by_tap;
-  const int taps = static_cast<int>(offset.size());
-  auto floor_div = [](int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); };
-  std::vector<int> residues;
-  for (int o : offset) {
-    const int residue = o - floor_div(o, multiplier) * multiplier;
-    if (std::find(residues.begin(), residues.end(), residue) == residues.end()) residues.push_back(residue);
-  }
-  std::vector<int> low(residues.size(), std::numeric_limits<int>::max()), high(residues.size(), 0);
-  auto plane_of = [&](int o) {
-    const int residue = o - floor_div(o, multiplier) * multiplier;
-    return static_cast<int>(std::find(residues.begin(), residues.end(), residue) - residues.begin());
+  struct Plane {
+    int residue, low, high;
   };
-  for (int pass = 0; pass < 2; ++pass)
-    for (int o : offset) {
-      const int plane = plane_of(o), q = floor_div(o, multiplier);
-      if (pass == 0)
-        low[plane] = std::min(low[plane], q);
-      else
-        high[plane] = std::max(high[plane], q - low[plane]);
-    }
-  by_residue.length = tile + *std::max_element(high.begin(), high.end());
-  for (std::size_t plane = 0; plane < residues.size(); ++plane)
-    by_residue.base.push_back(residues[plane] + multiplier * low[plane]);
+  std::vector<Plane> planes;  // few allocations: pricing a layer for CUDA comes here a thousand times
+  planes.reserve(offset.size());
+  auto plane_of = [&](int residue) {
+    return std::find_if(planes.begin(), planes.end(), [&](const Plane& plane) { return plane.residue == residue; });
+  };
   for (int o : offset) {
-    const int plane = plane_of(o);
-    by_residue.tap_word.push_back(plane * by_residue.length + floor_div(o, multiplier) - low[plane]);
+    const int q = floor_div(o, multiplier), residue = o - q * multiplier;
+    if (const auto plane = plane_of(residue); plane == planes.end())
+      planes.push_back({residue, q, q});
+    else
+      plane->low = std::min(plane->low, q), plane->high = std::max(plane->high, q);
   }
-  if (static_cast<int64_t>(by_residue.length) * static_cast<int64_t>(residues.size()) <= int64_t{tile} * taps)
-    return by_residue;
-  by_tap.length = tile;
-  for (int t = 0; t < taps; ++t) {
-    by_tap.base.push_back(offset[t]);
-    by_tap.tap_word.push_back(t * tile);
+  int halo = 0;
+  for (const Plane& plane : planes) halo = std::max(halo, plane.high - plane.low);
+  Columns columns;
+  columns.tap_word.reserve(offset.size());
+  if (int64_t{tile + halo} * static_cast<int64_t>(planes.size()) >
+      int64_t{tile} * static_cast<int64_t>(offset.size())) {
+    columns.length = tile;
+    columns.base = offset;
+    for (int t = 0; t < static_cast<int>(offset.size()); ++t) columns.tap_word.push_back(t * tile);
+    return columns;
   }
-  return by_tap;
+  columns.length = tile + halo;
+  columns.base.reserve(planes.size());
+  for (const Plane& plane : planes) columns.base.push_back(plane.residue + multiplier * plane.low);
+  for (int o : offset) {
+    const int q = floor_div(o, multiplier);
+    const auto plane = plane_of(o - q * multiplier);
+    columns.tap_word.push_back(static_cast<int>(plane - planes.begin()) * columns.length + q - plane->low);
+  }
+  return columns;
 }
 
 std::string list(const std::vector<int>& values) {
