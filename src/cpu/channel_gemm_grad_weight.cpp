@@ -5,7 +5,8 @@
 //           channels are multiplied by broadcast (channel, tap) values of the other's, into register tiles of up to 24
 //           sums that stay for a whole run of positions; nothing is reduced across lanes, and a run may be short. A tap
 //           is an offset into the staged grad_output, whatever the stride. Tiles belong to at most 32 parts that depend
-//           on the problem only; parts are added in order, in double.
+//           on the problem only; parts are added in order, in double. Staging adds up the bias's sums as well, where all of
+//           a contiguous grad_output passes through it.
 //           Depthwise layers of channels_last tensors have their channels along the vectors of both sides and taps as rows.
 //           For avx512_bf16 a staged word holds two positions, and one instruction adds both products: the input's words
 //           are those of positions (0, 1), (2, 3) ..., grad_output's overlap, (0, 1), (1, 2) ..., because a tap may be odd.

@@ -46,8 +46,7 @@ struct PhaseGemmTask {
   std::int64_t phase_pitch;         // elements from one source phase's planes to the next phase's
   int num_planes;                   // source phases that are used
   const std::int64_t* plane_phase;  // [plane][3]
-  const std::int64_t*
-      plane_rows;  // [plane][2][2]: depth, height: the first row that a tap reads, how many more than tile
+  const std::int64_t* plane_rows;   // [plane][depth, height][2]: the first that a tap reads; how many more than n
   // Taps, sorted by result phase
   const int* phase_taps;            // [phase]: first tap; one more entry at the end
   const std::int64_t* tap_offset;   // [tap]: from the plane's origin to the tap's first element
