@@ -472,7 +472,6 @@ TEST(Registered, AConfigMayStateItsTile) {
         << end;
 }
 
-// The tiles that `tconv tune` times beside a config's own: each fits and no two are the same.
 // Why a config, "kernel:config", refuses a problem on an H200; empty where it does not.
 std::string refusal_of(const std::string& problem, const std::string& config) {
   try {
@@ -516,6 +515,7 @@ TEST(Registered, LinesOfARowRefuse) {
   EXPECT_CONTAINS(refusal("2d c64>64 i16x16 t1x3 d1x600 p0x600 f16", wide), "no tile fits");
 }
 
+// The tiles that `tconv tune` times beside a config's own: each fits and no two are the same.
 TEST(Registered, TilesOfAConfigFit) {
   const Device device = known_device("h200");
   int kernels_with_tiles = 0;

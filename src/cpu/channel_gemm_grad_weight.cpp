@@ -93,8 +93,7 @@ struct Work {
     box.n = count[of];
     int64_t volume = 1;
     box.step = side == 0 ? 1 : task.stride[2];
-    // Taps a multiple of the stride apart read one phase only: that of the first.
-    box.phase = side == 1 && (task.kernel[2] == 1 || task.dilation[2] % task.stride[2] == 0) ? 0 : -1;
+    box.phase = side == 1 && task.one_phase ? 0 : -1;  // that of the first tap
     for (int dim = 0; dim < 3; ++dim) {
       box.first[dim] = side == 0 ? q0[dim] : task.stride[dim] * q0[dim] - task.padding[dim];
       box.extent[dim] = side == 0 ? n[dim] : raw[dim];

@@ -38,6 +38,7 @@ struct ChannelGradWeightTask {
   std::int64_t tiles[4];         // over batch, depth, height, width
   std::int64_t raw[3];           // extents of grad_output's box; the width is a multiple of the stride
   const bool* used[2];           // rows of grad_output's box that any tap reads: depth, height
+  bool one_phase;                // of the width is read: taps are a multiple of the stride apart
   bool sums_bias;  // every element of grad_output is in a tile's box, whose staging can add it to the bias's
   std::int64_t chunk[2], chunks[2];
   std::int64_t parts, num_tiles;

@@ -91,6 +91,7 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
     task.kernel[dim] = problem.kernel[dim];
   }
   task.num_taps = volume(problem.kernel);
+  task.one_phase = task.kernel[2] == 1 || task.dilation[2] % task.stride[2] == 0;
   // Channels along the vectors on both sides, taps as rows; contiguous tensors are better served by phase_gemm.
   task.depthwise = task.channels[0] == 1 && task.channels[1] == 1 && task.groups > 1 &&
                    task.layout == Layout::channels_last && target != Isa::avx512_bf16;
@@ -220,9 +221,8 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
 
   // The bias's sums by the way: a pass of their own reads all of grad_output once more. Few channels, and one width phase
   // alone, are staged in other ways.
-  const bool one_phase = task.kernel[2] == 1 || task.dilation[2] % task.stride[2] == 0;
   task.sums_bias = task.layout == Layout::contiguous && task.channels[0] > 0 && task.num_tiles > 0 &&
-                   !(one_phase && task.stride[2] > 1) &&
+                   !(task.one_phase && task.stride[2] > 1) &&
                    (task.staged_pitch[1] >= task.lanes || (task.channels[1] >= 4 && task.chunks[1] == 1));
   for (int dim = 0; dim < 3; ++dim) {
     task.sums_bias &= raw_extent(task, dim, task.grid[dim]) - task.padding[dim] >= task.size[1][dim];

@@ -222,21 +222,24 @@ std::shared_ptr<Geometry> make_geometry(const Problem& problem, const Device& de
     task.first_shift[dim] = low;
     range[dim] = high - low;
   }
-  for (int d : phases[0])
-    for (int h : phases[1])
-      for (int w : phases[2]) geometry->plane_phase.insert(geometry->plane_phase.end(), {d, h, w});
-  task.num_planes = static_cast<int>(geometry->plane_phase.size() / 3);
-  task.plane_phase = geometry->plane_phase.data();
-  for (std::size_t at = 0; at < geometry->plane_phase.size(); at += at % 3 == 0 ? 1 : 2) {
-    const std::size_t dim = at % 3;
+  auto add_rows = [&](int dim, int phase) {
     std::int64_t low = range[dim], high = 0;
     for (const DimTap& tap : taps[dim]) {
-      if (tap.source_phase != geometry->plane_phase[at]) continue;
+      if (tap.source_phase != phase) continue;
       low = std::min(low, tap.shift - task.first_shift[dim]);
       high = std::max(high, tap.shift - task.first_shift[dim]);
     }
     geometry->plane_rows.insert(geometry->plane_rows.end(), {low, high - low});
-  }
+  };
+  for (int d : phases[0])
+    for (int h : phases[1])
+      for (int w : phases[2]) {
+        geometry->plane_phase.insert(geometry->plane_phase.end(), {d, h, w});
+        add_rows(0, d);
+        add_rows(1, h);
+      }
+  task.num_planes = static_cast<int>(geometry->plane_phase.size() / 3);
+  task.plane_phase = geometry->plane_phase.data();
   task.plane_rows = geometry->plane_rows.data();
   task.num_taps = volume(problem.kernel);
 

@@ -552,7 +552,7 @@ void set_segment(const Problem& problem, const Device& device, const Config& con
 template <typename Visit>
 void each_tile(const Problem& problem, const Epilogue& epilogue, const Device& device, const Config& config,
                const Geometry& base, const std::vector<int>& widths, Visit visit) {
-  Geometry t;  // one for all: a new one for each tile made ten allocations
+  Geometry t;  // one for all: a new one for each tile allocates all of its vectors
   for (int beside = 0; beside < (base.row_groups == 2 ? 1 : 2); ++beside)  // runs above each other, or side by side
     for (int tw : widths) {
       if (tw < 4 || tw > config.block_n) continue;

@@ -30,7 +30,7 @@ Columns columns_of(int tile, int multiplier, const std::vector<int>& offset) {
   struct Plane {
     int residue, low, high;
   };
-  std::vector<Plane> planes;  // few allocations: pricing a layer for CUDA comes here a thousand times
+  std::vector<Plane> planes;  // few allocations: pricing comes here for every tile of every config
   planes.reserve(offset.size());
   auto plane_of = [&](int residue) {
     return std::find_if(planes.begin(), planes.end(), [&](const Plane& plane) { return plane.residue == residue; });
