@@ -182,6 +182,26 @@ def accuracy(record: dict[str, Any]) -> str:
     )
 
 
+def first_calls(record: dict[str, Any]) -> str:
+    text = ""
+    for key, when in (("first_call_ms", "the programs in the disk cache"), ("cold_call_ms", "nothing compiled before")):
+        for direction in ("forward", "backward", "train"):
+            times = sorted(
+                (row[key], f"{name_of(row)} {row['dtype']} {row['layout']}".removesuffix(" contiguous"))
+                for row in record["rows"] if row["direction"] == direction and key in row
+            )  # fmt: skip
+            if times and record["machine"]["kind"] != "cpu":
+                (median, _), (longest, row_of_it) = times[len(times) // 2], times[-1]
+                text += (
+                    f"First calls with {when}, {DIRECTION[direction]}: median {median:.0f} ms, longest {longest:.0f} ms"
+                    f" ({row_of_it}).\n"
+                )
+    if record.get("first_of_process_ms"):
+        first = record["first_of_process_ms"]
+        text += f"The first of all, of a tiny layer, which also loads the compiler: {first:.0f} ms.\n"
+    return text
+
+
 def results_page() -> str:
     parts = [
         "# Results\n\nWritten by `make tables` from `bench/results`; how it is measured is in"
@@ -197,7 +217,8 @@ def results_page() -> str:
                 f"Load of the machine (runnable processes over a minute) {load[0]} before and {load[1]} after: it is"
                 " shared, so the table shows ratios of interleaved runs and no times.\n"
             )
-        part += f"Host time per call of a tiny layer: PyTorch {host['torch']} µs, tconv {host['tconv']} µs.\n\n"
+        part += f"Host time per call of a tiny layer: PyTorch {host['torch']} µs, tconv {host['tconv']} µs.\n"
+        part += first_calls(record) + "\n"
         part += summary(record) + "\n\n"
         image = ROOT / "docs" / "images" / f"{stem}.png"
         if image.is_file():

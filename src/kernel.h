@@ -19,6 +19,8 @@ struct Unit {
   int threads = 0;               // block size, for the launch-bounds report
   std::size_t shared_bytes = 0;  // dynamic shared memory
   int shared_percent = 100;      // of what can be shared memory; the rest is L1, for kernels that read through it
+  // Only some tensors need it, those that start off a 16-byte boundary for example: loaded by the first launch that does.
+  bool on_demand = false;
 };
 
 struct Kernel {
@@ -26,7 +28,8 @@ struct Kernel {
   std::span<const Config> configs;
   // Pure: a price or a reason, for one config. Called for every direction and any valid problem.
   Fit (*fit)(const Problem&, const Epilogue&, const Device&, const Config&);
-  // What has to be compiled for this step; depends on the layer, never on batch or spatial sizes. Null on the CPU.
+  // What has to be compiled for this step, units on demand last; depends on the layer and on whether its rows are
+  // multiples of 16 bytes, never else on batch or spatial sizes. Null on the CPU.
   std::vector<Unit> (*units)(const Step&);
   // Compiles or prepares what launch needs and leaves it in Step::state; once per plan. May be null.
   void (*prepare)(Step&);

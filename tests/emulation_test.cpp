@@ -140,10 +140,17 @@ std::string emulated_type(DType dtype) {
   return std::string("EmulatedType::") + (dtype == DType::f32 ? "tf32" : dtype == DType::f16 ? "f16" : "bf16");
 }
 
+// The unit that a launch takes for tensors that start so many elements behind a 16-byte boundary.
+const Unit& unit_for(const std::vector<Unit>& units, const Problem& problem, int offset) {
+  const bool aligned = static_cast<std::size_t>(offset) * size_of(problem.dtype) % 16 == 0;
+  return !aligned && units.back().on_demand ? units.back() : units[0];
+}
+
 // The complete program of ring_gemm_sm90 on a problem: emulation, device source, weights' packing, main.
 std::string program(const Problem& problem, const Step& step, int offset) {
   const std::vector<Unit> units = step.kernel->units(step);
-  const std::string kernel = on_host(cuda::program_text(units[0])), packing = on_host(cuda::program_text(units[1]));
+  const std::string kernel = on_host(cuda::program_text(unit_for(units, problem, offset))),
+                    packing = on_host(cuda::program_text(units[1]));
   std::ostringstream text;
   text << "#include \"device_emulation.h\"\n"
        << "inline void wgmma_shared(float (&sum)[" << definition(kernel, "RG_N") << " / 2], unsigned long long a, "
@@ -160,7 +167,7 @@ std::string program(const Problem& problem, const Step& step, int offset) {
 
 // The complete program of ring_gemm_grad_weight_sm90.
 std::string grad_weight_program(const Problem& problem, const Step& step, int offset) {
-  const std::string kernel = on_host(cuda::program_text(step.kernel->units(step)[0]));
+  const std::string kernel = on_host(cuda::program_text(unit_for(step.kernel->units(step), problem, offset)));
   std::ostringstream text;
   text << "#include \"device_emulation.h\"\n"
        << "inline void wgmma_step(float (&sum)[" << definition(kernel, "RW_N")

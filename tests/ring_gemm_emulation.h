@@ -69,7 +69,7 @@ int main() {
   a.segments_behind = a.tiles_h * a.tiles_w * kRowItems;
   a.items = static_cast<unsigned>(a.segments_d * a.tiles_h * a.tiles_w * (images ? 1 : batch)) * TCONV_GROUPS *
             kRowItems * (RG_PASS_PER_ITEM ? RG_NUM_PASSES : 1);
-  constexpr int kUnit = 16 / sizeof(storage_t), kWide = 16 / sizeof(output_t);
+  constexpr int kWide = 16 / sizeof(output_t);
   alignas(16) static unsigned packed[TCONV_GROUPS * RG_ROW_BLOCKS * RG_NUM_ENTRIES * RG_CHUNKS * RG_KC * 64];
   constexpr unsigned kPackBlocks = TCONV_GROUPS * RG_ROW_BLOCKS * RG_CHUNKS * ((RG_KC / 4 + 3) / 4);
 #if RG_PACK_SOURCE
@@ -116,12 +116,9 @@ int main() {
       {a.source_row * size, a.source_slab * size, a.source_inner * size, a.source_image * size},
       {static_cast<int>(RG_RAW_WIDE * 16 / size), RG_RAW_ROWS, 1, static_cast<int>(RG_RAW_UNITS * 16 / size), 1},
       {RG_SRC_W, RG_SRC_H, 1, 1, 1}};
-  a.tensor = reinterpret_cast<std::uintptr_t>(x.first) % 16 == 0 && source[2] * size % 16 == 0 &&
-             (TCONV_GROUPS == 1 || RG_K * size % (RG_KC * 4) == 0);
   a.map.word[0] = reinterpret_cast<std::uintptr_t>(&tensor);
 #endif
-  const auto from = reinterpret_cast<std::uintptr_t>(x.first), to = reinterpret_cast<std::uintptr_t>(y.first);
-  a.vector_loads = last ? from % 16 == 0 && RG_K % kUnit == 0 : source_plane % 4 == 0;
+  const auto to = reinterpret_cast<std::uintptr_t>(y.first);
   a.wide_stores =
       last ? to % 16 == 0 && RG_N_CHANNELS % kWide == 0 && RG_CHANNELS % kWide == 0 : to % 4 == 0 && result[2] % 2 == 0;
   emulated_launch(std::min(2u, a.items), kThreads, kLoaders, [&] { ring_gemm(a); });

@@ -26,9 +26,6 @@ int main() {
   a.item_steps = a.input_h + RW_SPAN;
   a.steps = static_cast<long long>(a.strips) * (images ? 1 : input[0] * kBatch) * a.item_steps;
   a.shares = 3;
-  a.copy_bytes = 16;
-  while (reinterpret_cast<std::uintptr_t>(x.first) % a.copy_bytes != 0 || input[2] * 4 % a.copy_bytes != 0)
-    a.copy_bytes /= 2;
 
   // The sums as tap_gemm_finish finds them: [block][share][set][8 columns][warp][lane][4].
   constexpr int kMBlocks = RW_BLOCKS_M * RW_M_BLOCKS;

@@ -126,6 +126,44 @@ def test_a_thread_that_has_used_no_cuda(dtype: torch.dtype) -> None:
         assert torch.equal(ours, first)
 
 
+def off_the_boundary(x: torch.Tensor) -> torch.Tensor:
+    """The same values in the same memory format, one element behind a 16-byte boundary."""
+    memory = torch.empty(x.numel() + 1, device=x.device, dtype=x.dtype)
+    view = memory.as_strided(x.shape, x.stride(), 1).copy_(x)
+    assert view.data_ptr() % 16 != 0
+    return view
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("make", [
+    lambda: tconv.nn.ConvTranspose2d(64, 64, 3), lambda: tconv.nn.ConvTranspose2d(64, 64, 4, stride=2, padding=1),
+], ids=["S1", "upsampling"])  # fmt: skip
+def test_tensors_off_the_boundary_that_their_programs_want(
+    make: Any, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    """Kernels that copy 16 bytes at a time have a second program for such tensors, with the same sums."""
+    layer = make().to("cuda", dtype, memory_format=layout)
+    x = torch.rand(8, 64, 64, 64, device="cuda", dtype=dtype).to(memory_format=layout)
+    grad = torch.rand_like(layer(x))
+
+    def step(x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, [x, layer.weight], grad)]
+
+    expected = step(x, grad)
+    views = off_the_boundary(x), off_the_boundary(grad)
+    for ours, aligned in zip(step(*views), expected):
+        assert torch.equal(ours, aligned)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        y = layer(views[0])
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected[0])
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensors_of_another_device_than_the_current_one() -> None:
     layer = tconv.nn.ConvTranspose2d(48, 32, 4, stride=2, padding=1)

@@ -29,10 +29,13 @@ def bias_gradient(grad_output: Tensor, rank: int) -> Tensor:
     return grad_output.sum(dims)
 
 
-def grad_input(geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Sequence[int]) -> Tensor:
+def grad_input(
+    geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Sequence[int], x: Optional[Tensor] = None
+) -> Tensor:
+    """``x``: that of the ``grad_weight`` that follows, if it does."""
     if _differentiable():
         return ConvTransposeGradInput.apply(grad_output, w, geom, tuple(input_size))
-    return _core.grad_input(geom, grad_output, w, input_size)
+    return _core.grad_input(geom, grad_output, w, input_size, x)
 
 
 def grad_weight(geom: Geometry, x: Tensor, grad_output: Tensor, kernel: Sequence[int]) -> Tensor:
@@ -82,7 +85,7 @@ class ConvTranspose(Function):
         need_x, need_w, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad_w = grad_bias = None
         if need_x:
-            grad_x = grad_input(geom, grad, w, ctx.x_size)
+            grad_x = grad_input(geom, grad, w, ctx.x_size, x)  # not saved without need_w
         if need_w and need_bias and not _differentiable():
             grad_w, grad_bias = _core.grad_weight(geom, x, grad, ctx.kernel, with_bias=True)
             return grad_x, grad_w, grad_bias, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union
 
 import torch
@@ -575,8 +576,18 @@ def forward(geom: Geometry, x: Tensor, w: Tensor, bias: Optional[Tensor]) -> Ten
     return run_forward(forward_entry(geom.rank, x, w, bias, *geom[1:6], precision), x, w, bias)
 
 
-def grad_input(geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Sequence[int]) -> Tensor:
-    """Gradient by the input: the strided convolution of ``grad_output`` with the same weight."""
+def grad_input(
+    geom: Geometry,
+    grad_output: Tensor,
+    w: Tensor,
+    input_size: Sequence[int],
+    x: Optional[Tensor] = None,
+    pre: str = "",
+) -> Tensor:
+    """Gradient by the input: the strided convolution of ``grad_output`` with the same weight.
+
+    With ``x`` and ``pre``, ``grad_weight`` is next with these: what both have to compile is compiled at once.
+    """
     input_size = tuple(input_size)
     key = (
         GRAD_INPUT,
@@ -600,17 +611,20 @@ def grad_input(geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Seque
         x_shape = (*grad_output.shape[: -rank - 1], w.shape[0], *input_size)
         _check_grad_output(geom, grad_output, x_shape, tuple(w.shape))
         layout = suggest_layout(grad_output, w) if batched else CONTIGUOUS
-        plan = make_plan(
-            GRAD_INPUT,
-            geom,
-            _batch_of(x_shape, rank),
-            w.shape[0],
-            w.shape[1] * geom.groups,
-            input_size,
-            w.shape[2:],
-            w,
-            layout,
-        )
+        with ThreadPoolExecutor(1) as other:  # waits at its end; an error there comes again from grad_weight
+            if x is not None and x.is_cuda:
+                other.submit(_grad_weight_entry, geom, x, grad_output, tuple(w.shape[2:]), pre)
+            plan = make_plan(
+                GRAD_INPUT,
+                geom,
+                _batch_of(x_shape, rank),
+                w.shape[0],
+                w.shape[1] * geom.groups,
+                input_size,
+                w.shape[2:],
+                w,
+                layout,
+            )
         entry = _remember(_backward_entries, key, Entry(plan, geom, x_shape, layout, x_shape, tuple(w.shape)))
     g = dense(grad_output, entry.layout)
     w, weight_last = dense_weight(w)
@@ -639,11 +653,7 @@ def grad_input(geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Seque
     return result
 
 
-def grad_weight(
-    geom: Geometry, x: Tensor, grad_output: Tensor, kernel: Sequence[int], with_bias: bool = False, pre: str = ""
-) -> Tuple[Tensor, Optional[Tensor]]:
-    """Gradient by the weight and, in the same pass over ``grad_output``, by the bias; ``pre`` is applied to ``x``."""
-    kernel = tuple(kernel)
+def _grad_weight_entry(geom: Geometry, x: Tensor, grad_output: Tensor, kernel: Size, pre: str) -> Entry:
     key = (
         GRAD_WEIGHT,
         pre,
@@ -682,6 +692,14 @@ def grad_weight(
             pre,
         )
         entry = _remember(_backward_entries, key, Entry(plan, geom, w_shape, layout, x_shape, w_shape))
+    return entry
+
+
+def grad_weight(
+    geom: Geometry, x: Tensor, grad_output: Tensor, kernel: Sequence[int], with_bias: bool = False, pre: str = ""
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """Gradient by the weight and, in the same pass over ``grad_output``, by the bias; ``pre`` is applied to ``x``."""
+    entry = _grad_weight_entry(geom, x, grad_output, tuple(kernel), pre)
     x = dense(x, entry.layout)
     g = dense(grad_output, entry.layout)
     result = empty(entry.shape, CONTIGUOUS, x)

@@ -372,7 +372,7 @@ class FusedConvTranspose(Function):
             grads = [g if want else None for g, want in zip(rest, wanted)]
         pre = _pre_only(chain)
         if need_x:
-            grad_x = _core.grad_input(geom, grad, w, x.shape[-geom.rank :])
+            grad_x = _core.grad_input(geom, grad, w, x.shape[-geom.rank :], x if need_w else None, pre)
             if pre:
                 grad_x = pre_backward(x, grad_x, chain, geom.rank)
         if need_w:

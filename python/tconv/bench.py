@@ -13,14 +13,17 @@ import copy
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from tconv import _C
 from tconv.problems import DTYPES, Shape, named, parse, reduced
 
 Run = Callable[[], Any]
+Listed = tuple[Shape, str, str, str]  # dtype, layout, direction
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -508,7 +512,7 @@ def torch_runs(case: Case, direction: str, grad_output: Tensor | None, options: 
     return runs
 
 
-def compile_ahead(listed: Sequence[tuple[Shape, str, str, str]], device: torch.device, workers: int) -> float:
+def compile_ahead(listed: Sequence[Listed], device: torch.device, workers: int) -> float:
     """Fills the disk cache of compiled kernels; a first run needs hundreds. Returns the seconds it took.
 
     In processes, because the compiler serialises much of its work within one.
@@ -535,6 +539,40 @@ def compile_ahead(listed: Sequence[tuple[Shape, str, str, str]], device: torch.d
         if process.wait() != 0:
             progress("bench: a problem did not compile ahead; its row says why\n")
     return time.perf_counter() - begin
+
+
+def cold_calls(listed: Sequence[Listed], device: torch.device) -> dict[Listed | None, float]:
+    """Milliseconds of each first call with nothing compiled before; None: of a tiny layer, the first of a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, spawn, os.putenv, ("TCONV_CACHE_DIR", folder)) as alone:
+            return alone.submit(first_calls, listed, device).result()
+
+
+def first_calls(listed: Sequence[Listed], device: torch.device) -> dict[Listed | None, float]:
+    clock = CudaClock(device)
+
+    def first(run: Run) -> float:
+        clock.settle()
+        begin = time.perf_counter()
+        run()
+        clock.settle()
+        return round((time.perf_counter() - begin) * 1e3, 2)
+
+    tiny = torch.rand(1, 8, 8, 8, device=device)
+    weight = torch.rand(8, 8, 3, 3, device=device)
+    milliseconds: dict[Listed | None, float] = {None: first(lambda: tconv.conv_transpose2d(tiny, weight))}
+    for number, job in enumerate(listed):
+        shape, dtype, layout, direction = job
+        progress(f"bench: first calls [{number + 1}/{len(listed)}] {shape.name} {dtype} {layout} {direction}")
+        case = Case(shape, dtype, layout, device)
+        grad_output = None
+        if direction != "forward":
+            with torch.no_grad():
+                grad_output = torch.rand_like(case.ours(case.input))
+        milliseconds[job] = first(case.runs(direction, case.ours, grad_output))
+    progress("")
+    return milliseconds
 
 
 def measure(case: Case, direction: str, clock: Clock, ceilings: dict[str, float], options: Options) -> dict[str, Any]:
@@ -642,6 +680,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             if any(b < 0.999 * a for a, b in zip(same, better, strict=True)):
                 line += f"; against its better layout {geometric_mean(better):.2f}x, lowest {min(better):.2f}x"
             lines.append(line)
+    cold = [
+        (r["cold_call_ms"], f"{r['name']} {r['dtype']} {r['layout']} {r['direction']}")
+        for r in rows
+        if "cold_call_ms" in r
+    ]
+    if cold:
+        longest, where = max(cold)
+        median = statistics.median([t for t, _ in cold])
+        lines.append(
+            f"first calls with nothing compiled before: {len(cold)}, median {median:.0f} ms,"
+            f" {sum(t > 1000 for t, _ in cold)} above 1 s, longest {longest:.0f} ms ({where})"
+        )
     regrets = [
         (part["regret"], f"{r['name']} {r['dtype']} {r['layout']} {direction}, best {part['best']}")
         for r in rows
@@ -656,7 +706,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def jobs(shapes: dict[str, list[Shape]], arguments: argparse.Namespace) -> list[tuple[Shape, str, str, str]]:
+def jobs(shapes: dict[str, list[Shape]], arguments: argparse.Namespace) -> list[Listed]:
     """What to measure, the most wanted first: fp32 forward of every problem, then fp32 gradients, then 16 bits."""
     listed = []
     layouts = arguments.layouts.split(",")
@@ -695,6 +745,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ieee", action="store_true", help="time PyTorch without TF32 too")
     parser.add_argument("--compile", action="store_true", help="time torch.compile on chains too")
     parser.add_argument("--regret", action="store_true", help="time the 12 cheapest configs beside the choice")
+    parser.add_argument(
+        "--cold", action="store_true", help="time first calls with an empty cache too (CUDA), in a process of its own"
+    )
     parser.add_argument("--full-batch", action="store_true", help="never reduce the batch or sizes")
     parser.add_argument(
         "--workers", type=int, default=min(12, os.cpu_count() or 1), help="compile ahead on CUDA; 0: no"
@@ -734,6 +787,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     load = [round(os.getloadavg()[0], 2)]
     listed = jobs(sized, arguments)
+    cold = cold_calls(listed, device) if on_cuda and arguments.cold else {}
     if on_cuda and arguments.workers:
         progress(f"bench: compiling ahead in {arguments.workers} processes")
         progress(f"bench: compiled in {compile_ahead(listed, device, arguments.workers):.0f} s\n")
@@ -754,6 +808,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 case = None  # frees the last one's tensors first
                 case = Case(shape, dtype, layout, device)
             rows.append(measure(case, direction, clock, ceilings, options))
+            if cold:
+                rows[-1]["cold_call_ms"] = cold[shape, dtype, layout, direction]
         except (RuntimeError, ValueError, MemoryError) as error:
             if arguments.stop_on_error:
                 raise
@@ -775,7 +831,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = {
             "commit": commit(), "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "machine": machine(device) | ({} if on_cuda else {"load_average": load}), "versions": versions(),
-            "rates_tera": ceilings, "host_us_per_call": host,
+            "rates_tera": ceilings, "host_us_per_call": host, "first_of_process_ms": cold.get(None),
             "method": f"medians of interleaved runs, {clock.flush_note}, inputs uniform in [0, 1)",
             "seconds": round(time.perf_counter() - begin, 1), "left_out": left_out, "rows": rows,
         }  # fmt: skip

@@ -106,7 +106,7 @@ __device__ __noinline__ accum_t add_exactly(const Arguments& a, unsigned begin, 
   return sum;
 }
 
-// Over the lanes of one channel; each of them gets the sum.
+// Of one value over the lanes of one channel; each of them gets the sum.
 __device__ __forceinline__ accum_t over_lanes(accum_t sum) {
 #pragma unroll
   for (int distance = 16; distance >= kLanes; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
@@ -115,16 +115,13 @@ __device__ __forceinline__ accum_t over_lanes(accum_t sum) {
 
 using Stage = accum_t[kWarps][kSlots + 1][kLanes];
 
+using Sums = accum_t[kSlots + 1];
+
 template <int kind>
-__device__ __forceinline__ void run(const Arguments& a, int variant, unsigned share, int first_channel, Stage& stage) {
-  constexpr int kCount = kSums[kind];
+__device__ __forceinline__ void add_items(const Arguments& a, int variant, unsigned begin, unsigned end,
+                                          int first_channel, Sums& sum) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int local = lane % kLanes, spot = lane / kLanes, channel = first_channel + local;
-  const unsigned begin = share * a.share, end = begin + a.share < a.items ? begin + a.share : a.items;
-
-  accum_t sum[kCount + 1];
-#pragma unroll
-  for (int i = 0; i <= kCount; ++i) sum[i] = 0;
   const int size[3] = {static_cast<int>(a.input_size[0]), static_cast<int>(a.input_size[1]),
                        static_cast<int>(a.input_size[2])};
   const int grad_height = static_cast<int>(a.output_size[1]);
@@ -147,41 +144,15 @@ __device__ __forceinline__ void run(const Arguments& a, int variant, unsigned sh
     add_cells<kind, kInputStep, kGradStep>(input, grad, size, static_cast<int>(a.output_size[2]), d, h, at.q_2, y,
                                            at.q_2 * TCONV_S2, limit, a.strip, sum);
   }
-
-  bool finite = true;
-#pragma unroll
-  for (int i = 0; i <= kCount; ++i) {
-    sum[i] = over_lanes(sum[i]);
-    finite = finite && (i == kCount || sum[i] - sum[i] == accum_t(0));
-    if (spot == 0) stage[warp][i][local] = sum[i];
-  }
-  const int* taps = kSlotTap + kFirst[variant];
-  if (__syncthreads_or(!finite)) {
-    for (int slot = warp; slot < kCount; slot += kWarps) {
-      const accum_t exact = over_lanes(add_exactly(a, begin, end, spot, channel, taps[slot]));
-      if (spot == 0) {
-        for (int other = 0; other < kWarps; ++other) stage[other][slot][local] = other ? accum_t(0) : exact;
-      }
-    }
-    __syncthreads();
-  }
-  for (int e = threadIdx.x; e < (kCount + 1) * kLanes; e += kThreads) {
-    const int slot = e / kLanes, c = first_channel + e % kLanes;
-    const int column = slot < kCount ? taps[slot] : kTaps + kBias[variant];
-    if (c >= kChannels || (slot == kCount && kBias[variant] < 0)) continue;
-    accum_t value = stage[0][slot][e % kLanes];
-    for (int other = 1; other < kWarps; ++other) value += stage[other][slot][e % kLanes];
-    a.partial[(static_cast<long long>(share) * kChannels + c) * kColumns + column] = value;
-  }
 }
 
 template <int kind>
-__device__ __forceinline__ void run_class(const Arguments& a, int variant, unsigned share, int first_channel,
-                                          Stage& stage) {
+__device__ __forceinline__ void add_items_of(const Arguments& a, int variant, unsigned begin, unsigned end,
+                                             int first_channel, Sums& sum) {
   if (kClass[variant] == kind) {
-    run<kind>(a, variant, share, first_channel, stage);
+    add_items<kind>(a, variant, begin, end, first_channel, sum);
   } else if constexpr (kind + 1 < kClasses) {
-    run_class<kind + 1>(a, variant, share, first_channel, stage);
+    add_items_of<kind + 1>(a, variant, begin, end, first_channel, sum);
   }
 }
 
@@ -190,8 +161,60 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) depthwise_gra
   const int first_channel = static_cast<int>(block % kChannelTiles) * kLanes;
   block /= kChannelTiles;
   const int variant = static_cast<int>(block % kVariants);
+  const unsigned share = block / kVariants, begin = share * a.share;
+  const unsigned end = begin + a.share < a.items ? begin + a.share : a.items;
+  Sums sum;
+#pragma unroll
+  for (int i = 0; i <= kSlots; ++i) sum[i] = 0;
+  add_items_of<0>(a, variant, begin, end, first_channel, sum);
+
+  // From here on once for all classes: written out with each, it took a third of the compiler's time.
   __shared__ Stage stage;
-  run_class<0>(a, variant, block / kVariants, first_channel, stage);
+  const int count = kSums[kClass[variant]], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int local = lane % kLanes, spot = lane / kLanes;
+  // Over the lanes of one channel, as many sums at once as there are: each exchange halves them, and lane `spot` ends up
+  // with one. A tree for each sum takes five times the exchanges.
+#pragma unroll
+  for (int first = 0; first <= kSlots; first += kPlaces) {
+    accum_t part[kPlaces];
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) part[i] = first + i <= kSlots ? sum[first + i] : accum_t(0);
+#pragma unroll
+    for (int half = kPlaces / 2; half > 0; half /= 2) {
+      const bool upper = spot & half;
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        const accum_t give = upper ? part[i] : part[i + half];
+        part[i] = (upper ? part[i + half] : part[i]) + __shfl_xor_sync(0xffffffffu, give, half * kLanes);
+      }
+    }
+    if (first + spot <= kSlots) stage[warp][first + spot][local] = part[0];
+  }
+  __syncthreads();
+  const int* taps = kSlotTap + kFirst[variant];
+  bool finite = true;
+  for (int slot = warp; slot < count; slot += kWarps)
+    for (int other = 0; other < kWarps; ++other) {
+      const accum_t total = stage[other][slot][local];
+      finite = finite && total - total == accum_t(0);
+    }
+  if (__syncthreads_or(!finite)) {
+    for (int slot = warp; slot < count; slot += kWarps) {
+      const accum_t exact = over_lanes(add_exactly(a, begin, end, spot, first_channel + local, taps[slot]));
+      if (lane < kLanes) {
+        for (int other = 0; other < kWarps; ++other) stage[other][slot][lane] = other ? accum_t(0) : exact;
+      }
+    }
+    __syncthreads();
+  }
+  for (int e = threadIdx.x; e < (count + 1) * kLanes; e += kThreads) {
+    const int slot = e / kLanes, c = first_channel + e % kLanes;
+    const int column = slot < count ? taps[slot] : kTaps + kBias[variant];
+    if (c >= kChannels || (slot == count && kBias[variant] < 0)) continue;
+    accum_t value = stage[0][slot][e % kLanes];
+    for (int other = 1; other < kWarps; ++other) value += stage[other][slot][e % kLanes];
+    a.partial[(static_cast<long long>(share) * kChannels + c) * kColumns + column] = value;
+  }
 }
 #endif
 

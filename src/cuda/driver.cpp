@@ -196,20 +196,24 @@ std::shared_ptr<const Function> load(const Unit& unit, const Device& device) {
   return future.get();
 }
 
-void prepare(Step& step) {
-  const std::vector<Unit> units = step.kernel->units(step);
-  auto loaded = std::make_shared<Loaded>();
+Loaded load_units(const Step& step) {
+  std::vector<Unit> units = step.kernel->units(step);
+  Loaded loaded;
+  if (units.back().on_demand) {
+    loaded.on_demand = std::make_shared<LateFunction>(std::move(units.back()));
+    units.pop_back();
+  }
   if (units.size() == 1) {
-    loaded->functions.push_back(load(units[0], step.device));
+    loaded.functions.push_back(load(units[0], step.device));
   } else {
     // NVRTC compiles different programs in parallel.
     std::vector<std::future<std::shared_ptr<const Function>>> futures;
     for (const Unit& unit : units) {
       futures.push_back(std::async(std::launch::async, [&unit, &step] { return load(unit, step.device); }));
     }
-    for (auto& future : futures) loaded->functions.push_back(future.get());
+    for (auto& future : futures) loaded.functions.push_back(future.get());
   }
-  step.state = std::move(loaded);
+  return loaded;
 }
 
 void launch(const Function& function, Grid grid, Stream stream, void* const* args) {

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -106,15 +107,30 @@ class Stopwatch {
   void* stop_ = nullptr;
 };
 
-// Step::state of CUDA kernels: the functions of units(step), in that order.
+// A unit on demand, loaded by the first launch that needs it.
+class LateFunction {
+ public:
+  explicit LateFunction(Unit unit) : unit_(std::move(unit)) {}
+  const Function& get(const Device& device) {
+    std::call_once(once_, [&] { function_ = load(unit_, device); });
+    return *function_;
+  }
+
+ private:
+  Unit unit_;
+  std::once_flag once_;
+  std::shared_ptr<const Function> function_;
+};
+
+// Step::state of CUDA kernels: the functions of units(step), in that order, and the last unit if that is on demand.
 struct Loaded {
   std::vector<std::shared_ptr<const Function>> functions;
+  std::shared_ptr<LateFunction> on_demand;
 };
-// Kernel::prepare for every CUDA kernel: loads units(step) into step.state.
-void prepare(Step& step);
-inline const Function& function(const Step& step, std::size_t index = 0) {
-  return *static_cast<const Loaded*>(step.state.get())->functions[index];
-}
+// For the prepare of every CUDA kernel.
+Loaded load_units(const Step& step);
+inline const Loaded& loaded_of(const Step& step) { return *static_cast<const Loaded*>(step.state.get()); }
+inline const Function& function(const Step& step, std::size_t index = 0) { return *loaded_of(step).functions[index]; }
 // The same with the kernel's geometry, worked out when the plan is made instead of in every launch.
 template <class Geometry>
 struct LoadedWith : Loaded {
@@ -122,16 +138,13 @@ struct LoadedWith : Loaded {
 };
 template <class Geometry>
 Geometry& prepare_with(Step& step, Geometry geometry) {
-  prepare(step);
-  auto state = std::make_shared<LoadedWith<Geometry>>();
-  state->functions = static_cast<const Loaded*>(step.state.get())->functions;
-  state->geometry = std::move(geometry);
+  auto state = std::make_shared<LoadedWith<Geometry>>(load_units(step), std::move(geometry));
   step.state = std::shared_ptr<Loaded>(state);
   return state->geometry;
 }
 template <class Geometry>
 const Geometry& prepared(const Step& step) {
-  return static_cast<const LoadedWith<Geometry>*>(static_cast<const Loaded*>(step.state.get()))->geometry;
+  return static_cast<const LoadedWith<Geometry>&>(loaded_of(step)).geometry;
 }
 
 // What a kernel knows of the problem alone, kept from one config to the next: the planner asks for all configs of a problem

@@ -533,9 +533,7 @@ struct Ready : Loaded {
 };
 
 void prepare_launch(Step& step) {
-  prepare(step);
-  auto ready = std::make_shared<Ready>();
-  ready->functions = static_cast<const Loaded*>(step.state.get())->functions;
+  auto ready = std::make_shared<Ready>(load_units(step));
   ready->geometry = geometry(step.problem, step.device, step.config, layer_geometry(step.problem));
   for (int dim = 0; dim < 3; ++dim) ready->tiles[dim] = divisor_of(ready->geometry.tiles[dim]);
   ready->blocks = num_blocks(step.problem, step.config, ready->geometry);
@@ -544,7 +542,7 @@ void prepare_launch(Step& step) {
 }
 
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
-  const Ready& ready = *static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()));
+  const Ready& ready = static_cast<const Ready&>(loaded_of(step));
   const Geometry& g = ready.geometry;
   const Problem& problem = step.problem;
   if (ready.blocks == 0) return;

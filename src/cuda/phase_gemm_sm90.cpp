@@ -383,9 +383,7 @@ struct Ready : Loaded {
 };
 
 void prepare_launch(Step& step) {
-  prepare(step);
-  auto ready = std::make_shared<Ready>();
-  ready->functions = static_cast<const Loaded*>(step.state.get())->functions;
+  auto ready = std::make_shared<Ready>(load_units(step));
   ready->geometry = geometry(step.problem, step.device, step.config, layer_geometry(step.problem));
   ready->blocks = num_blocks(step.problem, step.config, ready->geometry);
   ready->packed = static_cast<unsigned>(packed_words(step.problem, step.config, ready->geometry));
@@ -393,7 +391,7 @@ void prepare_launch(Step& step) {
 }
 
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
-  const Ready& ready = *static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()));
+  const Ready& ready = static_cast<const Ready&>(loaded_of(step));
   const Geometry& g = ready.geometry;
   const Problem& problem = step.problem;
   if (ready.blocks == 0) return;

@@ -342,11 +342,23 @@ std::vector<Unit> units(const Step& step) {
   define("RW_TAP_WORD", list(g.tap_word));
   define("RW_TAP_DEPTH", list(g.tap_depth));
   text << product_text(DType::f32, config.block_n);
-  return {
-      {"ring_gemm_grad_weight_sm90.cu", "ring_gemm_grad_weight", text.str(), 128 * (g.warpgroups + 1), g.shared_bytes},
-      {"tap_gemm_finish.cu", "tap_gemm_finish", finish, 256, 0},
-      {"channel_sum.cu", "channel_sum", layer, 256, 0},
-      {"channel_sum.cu", "channel_sum_finish", layer, 32, 0}};
+  const std::string common = text.str();
+  auto gemm = [&](int bytes, bool on_demand) {
+    return Unit{"ring_gemm_grad_weight_sm90.cu",
+                "ring_gemm_grad_weight",
+                common + "#define RW_COPY_BYTES " + std::to_string(bytes) + '\n',
+                128 * (g.warpgroups + 1),
+                g.shared_bytes,
+                100,
+                on_demand};
+  };
+  const int bytes = copy_bytes(step.problem, images_are_rows(step.problem));
+  std::vector<Unit> units{gemm(bytes, false),
+                          {"tap_gemm_finish.cu", "tap_gemm_finish", finish, 256, 0},
+                          {"channel_sum.cu", "channel_sum", layer, 256, 0},
+                          {"channel_sum.cu", "channel_sum_finish", layer, 32, 0}};
+  if (bytes > 4) units.push_back(gemm(4, true));  // for an input that starts off such a boundary
+  return units;
 }
 
 void prepare_launch(Step& step) { prepare_with(step, geometry(step.problem, step.device, step.config)); }
@@ -359,7 +371,7 @@ struct Arguments {
   long long input_image, input_slab, input_row, input_channel;
   long long grad_image, grad_slab, grad_row, grad_channel;
   int input_size[3], grad_size[3];
-  int strips, shares, item_steps, copy_bytes;
+  int strips, shares, item_steps;
   long long steps;
 };
 
@@ -388,10 +400,11 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   args.shares = g.shares;
   args.item_steps = static_cast<int>(g.item_steps);
   args.steps = g.steps;
-  args.copy_bytes = copy_bytes(problem, images);
-  while (reinterpret_cast<std::uintptr_t>(tensors.input) % args.copy_bytes != 0) args.copy_bytes /= 2;
+  const bool aligned =
+      reinterpret_cast<std::uintptr_t>(tensors.input) % static_cast<unsigned>(copy_bytes(problem, images)) == 0;
   void* pointers[] = {&args};
-  launch(function(step), {static_cast<unsigned>(g.blocks)}, stream, pointers);
+  launch(aligned ? function(step) : loaded_of(step).on_demand->get(step.device), {static_cast<unsigned>(g.blocks)},
+         stream, pointers);
   launch_sums(step, tensors, stream, g.blocks / g.shares * g.m_blocks * block_floats(step.config, g), g.shares,
               partial_floats(step.config, g));
 }

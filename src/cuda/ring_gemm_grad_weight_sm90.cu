@@ -54,7 +54,6 @@ struct RingGradArgs {
   int input_d, input_h, input_w;
   int grad_d, grad_h, grad_w;
   int strips, shares, item_steps;  // strips of a row; rows of an item with those beyond the last that taps reach
-  int copy_bytes;                  // of the input at a time: 16, 8 or 4
   long long steps;                 // of all items: images, depths, strips
 };
 
@@ -115,11 +114,11 @@ struct Block {
 // worked out once per channel. With divisions for every piece a warp that loads had 1470 instructions a step and a step
 // took 5000 cycles on an H100 (64 x 64 channels, 3x3), where its products alone need 2300.
 //
-// A row of the input, in pieces of kBytes; a thread rounds later what it copies here. Columns behind the row's end and
+// A row of the input, in pieces of 16, 8 or 4 bytes; a thread rounds later what it copies here. Columns behind the row's end and
 // rows outside the input are zeros; channels that do not exist stay as they are, their sums are dropped.
-template <int kBytes>
 struct InputPieces {
-  static constexpr int kPer = kBytes / 4, kAcross = RW_TILE / kPer, kLanes = kAcross < kLoaders ? kAcross : kLoaders;
+  static constexpr int kBytes = RW_COPY_BYTES, kPer = kBytes / 4, kAcross = RW_TILE / kPer,
+                       kLanes = kAcross < kLoaders ? kAcross : kLoaders;
   static constexpr int kApart = kLoaders / kLanes;  // channels
   static constexpr int kTurns = (RW_N + kApart - 1) / kApart;
   int q, c, channels;
@@ -241,10 +240,9 @@ struct GradPieces {
   }
 };
 
-template <int kBytes>
 __device__ __forceinline__ void load_steps(const RingGradArgs& a, const Block& block, uint4* inputs, unsigned* grads,
                                            Barrier* full, Barrier* empty, int thread) {
-  const InputPieces<kBytes> input(block, thread);
+  const InputPieces input(block, thread);
   const GradPieces grad(block, thread);
   RingPlace<RW_STAGES> at, behind;
   RingPlace<kInputSlots> input_at, input_behind;
@@ -302,12 +300,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm_grad_weight(
     move_registers<false>();
     const Block block;
     const int thread = threadIdx.x - kConsumers;
-    if (a.copy_bytes == 16)
-      load_steps<16>(a, block, inputs, grads, full, empty, thread);
-    else if (a.copy_bytes == 8)
-      load_steps<8>(a, block, inputs, grads, full, empty, thread);
-    else
-      load_steps<4>(a, block, inputs, grads, full, empty, thread);
+    load_steps(a, block, inputs, grads, full, empty, thread);
   } else {
     move_registers<true>();
     const Block block;

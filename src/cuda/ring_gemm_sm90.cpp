@@ -67,6 +67,20 @@ std::size_t weight_workspace(const Problem& problem, const Config& config, const
   return (packed_words(problem, config, g) * 4 + 255) / 256 * 256;
 }
 
+// Whether the copy engine brings rows of the source: it takes those that are multiples of 16 bytes, and channels behind a
+// group's are another's.
+bool brings_rows(const Problem& problem, const Config& config, const Geometry& g) {
+  return g.rows && g.source_size[2] * static_cast<int64_t>(size_of(problem.dtype)) % 16 == 0 &&
+         (problem.groups == 1 || g.words % config.block_k == 0) && has_tensor_maps();
+}
+
+// Whether the program is one for sources that start on a 16-byte boundary, and others have one of their own. In one
+// program they took a third of the compiler's time.
+bool wants_alignment(const Problem& problem, const Config& config, const Geometry& g) {
+  if (g.tensor) return false;
+  return problem.layout == Layout::channels_last ? g.vector : brings_rows(problem, config, g);
+}
+
 Fit fit(const Problem& layer, const Epilogue& epilogue, const Device& device, const Config& config) {
   Fit fit;
   if (device.backend != Backend::cuda || device.compute_capability != 90) {
@@ -186,6 +200,7 @@ std::vector<Unit> units(const Step& given) {
   }
   define("RG_ENTRY_BEGIN", list(begin));
   define("RG_NUM_PASSES", g.passes->size());
+  define("RG_EMPTY_PASSES", static_cast<std::size_t>(g.live_passes) < g.passes->size() ? 1 : 0);
   const std::string layer = text.str();
   define("RG_ENTRY_TAP", list(tap));
   define("RG_ENTRY_PASS", list(entry_pass));
@@ -204,7 +219,6 @@ std::vector<Unit> units(const Step& given) {
   define("RG_PASS_ROW", list(pass_row));
   define("RG_TENSOR", g.tensor ? 1 : 0);
   define("RG_BOX", g.box);
-  define("RG_ROWS", g.rows ? 1 : 0);
   define("RG_RAW_WIDE", g.raw_wide);
   define("RG_RAW_ROWS", g.raw_rows);
   define("RG_RAW_UNITS", g.raw_units);
@@ -232,7 +246,6 @@ std::vector<Unit> units(const Step& given) {
   define("RG_PLANE", g.plane);
   define("RG_SPAN_BEGIN", '(' + std::to_string(g.span_begin) + ')');
   define("RG_SPAN", g.span);
-  define("RG_VECTOR", g.vector ? 1 : 0);
   const char* names[2] = {"D", "H"};
   for (int dim = 0; dim < 2; ++dim) {
     const auto [low, high] = reach_of(g, dim);
@@ -257,25 +270,39 @@ std::vector<Unit> units(const Step& given) {
   define("RG_PASS", list(phase));
   define("RG_ENTRY_WORD", list(word));
   text << shared_product_text(problem.dtype, g.columns);
-  return {{"ring_gemm_sm90.cu", "ring_gemm", text.str(), config.warps * 32, g.shared_bytes},
-          {"ring_gemm_pack_sm90.cu", "ring_gemm_pack", pack, 256, 0}};
+  const std::string common = text.str();
+  auto gemm = [&](bool rows, bool vector, bool on_demand) {
+    return Unit{"ring_gemm_sm90.cu",
+                "ring_gemm",
+                common + "#define RG_ROWS " + (rows ? "1" : "0") + "\n#define RG_VECTOR " + (vector ? "1" : "0") + '\n',
+                config.warps * 32,
+                g.shared_bytes,
+                100,
+                on_demand};
+  };
+  std::vector<Unit> units{gemm(brings_rows(problem, config, g), g.vector, false),
+                          {"ring_gemm_pack_sm90.cu", "ring_gemm_pack", pack, 256, 0}};
+  if (wants_alignment(problem, config, g))
+    units.push_back(gemm(false, g.vector && problem.layout == Layout::contiguous, true));
+  return units;
 }
 
 struct Ready : Loaded {
   Problem problem;  // as the config sees it
   Geometry geometry;
+  bool brings_rows = false, wants_alignment = false;
   int64_t items = 0, images_at_once = 0;
   unsigned pack_blocks = 0;
   std::vector<std::size_t> tensor_operands;  // slots of operands with a value per element
 };
 
 void prepare_launch(Step& step) {
-  prepare(step);
-  auto ready = std::make_shared<Ready>();
-  ready->functions = static_cast<const Loaded*>(step.state.get())->functions;
+  auto ready = std::make_shared<Ready>(load_units(step));
   ready->problem = seen_by(step.config, step.problem);
   ready->geometry =
       geometry(ready->problem, step.epilogue, step.device, step.config, layer_geometry(ready->problem, step.config));
+  ready->brings_rows = brings_rows(ready->problem, step.config, ready->geometry);
+  ready->wants_alignment = wants_alignment(ready->problem, step.config, ready->geometry);
   ready->items = num_items(ready->problem, step.config, ready->geometry);
   ready->images_at_once = images_at_once(ready->problem, step.config, ready->geometry);
   for (std::size_t i = 0; i < step.epilogue.ops.size(); ++i)
@@ -377,7 +404,7 @@ void launch_packing(const Step& step, const Tensors& tensors, const Ready& ready
 
 void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   const Current current(step.device.index);  // for the tensor maps
-  const Ready& ready = *static_cast<const Ready*>(static_cast<const Loaded*>(step.state.get()));
+  const Ready& ready = static_cast<const Ready&>(loaded_of(step));
   const Geometry& g = ready.geometry;
   const Problem& problem = ready.problem;
   if (ready.items == 0) return;
@@ -390,7 +417,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     int source_size[3], result_size[3], tiles[3];
     int segment, segments_d, segments_behind;
     unsigned items;
-    int vector_loads, wide_stores;
+    int wide_stores;
     const void* operands[kMaxOperands];
     int tensor, tensor_channels, tensor_images, tensor_groups;
     TensorMap map;
@@ -411,13 +438,10 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   }
   args.segment = static_cast<int>(g.segment), args.segments_d = static_cast<int>(ceil_div(g.tiles[0], g.segment));
   args.segments_behind = static_cast<int>(g.tiles[1] * g.tiles[2] * ceil_div(g.row_blocks, g.row_groups));
-  const auto address = reinterpret_cast<std::uintptr_t>(args.source);
-  const int64_t unit = 16 / static_cast<int64_t>(size_of(problem.dtype));
-  // contiguous: planes are multiples of 4 elements, so that a row starts alike in all channels
-  args.vector_loads =
-      problem.layout == Layout::channels_last ? address % 16 == 0 && g.k % unit == 0 : volume(source) % 4 == 0;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(args.source) % 16 == 0;
+  const Function& gemm = aligned || !ready.wants_alignment ? *ready.functions[0] : ready.on_demand->get(step.device);
   for (int i = 0; i < kMaxOperands; ++i) args.operands[i] = tensors.operands[i];
-  if (g.tensor && (g.packed || address % 16 == 0)) {
+  if (g.tensor && (g.packed || aligned)) {
     const void* first = g.packed
                             ? static_cast<const char*>(tensors.workspace) + weight_workspace(problem, step.config, g)
                             : args.source;
@@ -426,9 +450,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
     args.tensor_images = g.packed && !g.rows_are_images ? static_cast<int>(problem.groups) : 1;
     args.tensor_groups = g.packed ? 1 : 0;
     args.map = tensor_map(view_of(problem, step.config, g, first, args.source_stride));
-  } else if (g.rows && address % 16 == 0 && g.source_size[2] * static_cast<int64_t>(size_of(problem.dtype)) % 16 == 0 &&
-             (problem.groups == 1 || g.words % step.config.block_k == 0) && has_tensor_maps()) {
-    args.tensor = 1;
+  } else if (ready.brings_rows && aligned) {
     args.map = tensor_map(rows_of(problem, g, args.source, args.source_stride));
   }
   const int64_t size = static_cast<int64_t>(size_of(problem.dtype));
@@ -447,8 +469,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
                            : to % 4 == 0 && result[2] % 2 == 0;
     for (std::size_t slot : ready.tensor_operands)
       args.operands[slot] = static_cast<const char*>(tensors.operands[slot]) + image * args.result_stride[0] * size;
-    launch_behind(*ready.functions[0],
-                  {static_cast<unsigned>(std::min<int64_t>(args.items, step.device.multiprocessors))}, stream,
+    launch_behind(gemm, {static_cast<unsigned>(std::min<int64_t>(args.items, step.device.multiprocessors))}, stream,
                   pointers);
   }
 }

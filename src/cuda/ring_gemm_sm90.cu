@@ -83,11 +83,10 @@ struct RingGemmArgs {
   int tiles_d, tiles_h, tiles_w;
   int segment, segments_d, segments_behind;  // RG_WINDOW: depths of a segment; segments; items of one depth
   unsigned items;                            // RG_WINDOW: segments
-  int vector_loads;  // contiguous: planes are multiples of 4 elements; channels_last: 16-byte units are aligned
   int wide_stores;  // contiguous: 16-bit rows start on 4-byte boundaries; channels_last: 16 bytes of results are aligned
   Operands operands;
 #if RG_TENSOR || RG_ROWS
-  int tensor;  // the map describes the source; otherwise its elements are gathered
+  int tensor;  // RG_TENSOR: the map describes the source; otherwise its elements are gathered
   int tensor_channels, tensor_images, tensor_groups;  // coordinates: channel per group; image per image and per group
   TensorMap map;
 #endif
@@ -653,29 +652,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
 #else
     const int thread = threadIdx.x - 256;
 #if RG_ROWS
-    if (a.tensor) {
-      load_rows(a, raw, tiles, arrived, full, empty, thread);
-      return;
-    }
-#endif
-    for (int row = thread; row < kRows; row += kLoaders) reaches[row] = row_reach(row);
-#if TCONV_CHANNELS_LAST
-    for (int p = thread; p < kPositions; p += kLoaders) places[p] = position_place(a, p);
+    load_rows(a, raw, tiles, arrived, full, empty, thread);
 #else
-    if (RG_VECTOR && a.vector_loads)
-      for (int i = thread; i < kVectorPieces / kUnits; i += kLoaders) places[i] = vector_place(a, i);
-    else
-      for (int p = thread; p < kPositions; p += kLoaders) places[p] = position_place(a, p);
+    for (int row = thread; row < kRows; row += kLoaders) reaches[row] = row_reach(row);
+#if RG_VECTOR && !TCONV_CHANNELS_LAST
+    for (int i = thread; i < kVectorPieces / kUnits; i += kLoaders) places[i] = vector_place(a, i);
+#else
+    for (int p = thread; p < kPositions; p += kLoaders) places[p] = position_place(a, p);
 #endif
     loaders_barrier();
-    if (RG_VECTOR && a.vector_loads)
-#if TCONV_CHANNELS_LAST && !TCONV_DTYPE_f32
-      copy_tiles(a, places, reaches, tiles, full, empty, thread);
+#if RG_VECTOR && TCONV_CHANNELS_LAST && !TCONV_DTYPE_f32
+    copy_tiles(a, places, reaches, tiles, full, empty, thread);
 #else
-      load_tiles<true>(a, places, reaches, raw, tiles, full, empty, thread);
+    load_tiles<RG_VECTOR>(a, places, reaches, raw, tiles, full, empty, thread);
 #endif
-    else
-      load_tiles<false>(a, places, reaches, raw, tiles, full, empty, thread);
+#endif
 #endif
   } else if (warp >= kFirstStorer) {  // store
     const int storer = (threadIdx.x - 32 * kFirstStorer) % kStorers;
@@ -693,7 +684,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) ring_gemm(const __grid
               sums_wait(hand_over, kFullSums + warpgroup, handed_over);
               store_run<true>(a, item, pass, part, warpgroup, sums + warpgroup * RG_SUM_WORDS, storer);
               sums_arrive(hand_over, kEmptySums + warpgroup);
-            } else {
+            } else if (RG_EMPTY_PASSES) {
               store_run<false>(a, item, pass, part, warpgroup, nullptr, storer);
             }
           }

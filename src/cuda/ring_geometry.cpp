@@ -244,8 +244,7 @@ Cost cost_of(const Problem& problem, const Epilogue& epilogue, const Config& con
   if (g.tensor) {
     cost.load = units * 0.36 + 272.0 * staged;
   } else {
-    const bool gathers =
-        !last && (!g.vector || volume(g.forward ? problem.input : output_size(problem)) % 4 != 0);  // word by word
+    const bool gathers = !last && !g.vector;  // word by word
     const double unit = last && half ? 2.4 : gathers ? (half ? 5.0 : 3.0) : half ? (g.rows ? 2.0 : 3.4) : 2.45;
     // A group's few channels are pieces of a sector.
     const double pieces = problem.groups > 1 ? 3.4 : 1.0;
@@ -421,7 +420,8 @@ bool set_tile(const Problem& problem, int th, int tw, int groups_high, Geometry&
   g.span = *high_w - *low_w + (columns.length - 1) * g.source_step[2] + 1;
   g.vector = problem.layout == Layout::channels_last
                  ? g.k % (16 / static_cast<int>(size_of(problem.dtype))) == 0
-                 : g.span <= 2 * static_cast<int>(columns.base.size()) * columns.length;
+                 : g.span <= 2 * static_cast<int>(columns.base.size()) * columns.length &&
+                       volume(g.forward ? problem.input : output_size(problem)) % 4 == 0;  // alike in all channels
   if (g.tensor) {
     const int64_t wide = int64_t{columns.length - 1} * g.source_step[2] + 1;
     const int64_t high = int64_t{g.staged[1].length - 1} * g.source_step[1] + 1;
