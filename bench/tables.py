@@ -183,22 +183,18 @@ def accuracy(record: dict[str, Any]) -> str:
 
 
 def first_calls(record: dict[str, Any]) -> str:
+    times: dict[str, list[tuple[float, str]]] = {}
+    for row in record["rows"] if record["machine"]["kind"] != "cpu" else []:
+        label = f"{name_of(row)} {row['dtype']} {row['layout']}".removesuffix(" contiguous")
+        kept = f"{DIRECTION[row['direction']]}, the programs in the disk cache"
+        times.setdefault(kept, []).append((row["first_call_ms"], label))
+        for what, ms in row.get("cold_call_ms", {}).items():
+            times.setdefault(f"{what}, nothing compiled before", []).append((ms, label))
     text = ""
-    for key, when in (("first_call_ms", "the programs in the disk cache"), ("cold_call_ms", "nothing compiled before")):
-        for direction in ("forward", "backward", "train"):
-            times = sorted(
-                (row[key], f"{name_of(row)} {row['dtype']} {row['layout']}".removesuffix(" contiguous"))
-                for row in record["rows"] if row["direction"] == direction and key in row
-            )  # fmt: skip
-            if times and record["machine"]["kind"] != "cpu":
-                (median, _), (longest, row_of_it) = times[len(times) // 2], times[-1]
-                text += (
-                    f"First calls with {when}, {DIRECTION[direction]}: median {median:.0f} ms, longest {longest:.0f} ms"
-                    f" ({row_of_it}).\n"
-                )
-    if record.get("first_of_process_ms"):
-        first = record["first_of_process_ms"]
-        text += f"The first of all, of a tiny layer, which also loads the compiler: {first:.0f} ms.\n"
+    for what, found in times.items():
+        found.sort()
+        (median, _), (longest, label) = found[len(found) // 2], found[-1]
+        text += f"First calls, {what}: median {median:.0f} ms, longest {longest:.0f} ms ({label}).\n"
     return text
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -393,6 +395,18 @@ class Entry:
         return None
 
 
+@contextmanager
+def beside(work: Optional[Callable[[], Any]], like: Tensor) -> Iterator[None]:
+    """On CUDA, makes another plan in a thread while the block makes one: a first call compiles both at once.
+
+    Waits at its end. An error in ``work`` is left to the call that needs its plan, which meets it again.
+    """
+    with ThreadPoolExecutor(1) as other:
+        if work is not None and like.is_cuda:
+            other.submit(work)
+        yield
+
+
 def make_plan(
     direction: int,
     geom: Geometry,
@@ -576,18 +590,10 @@ def forward(geom: Geometry, x: Tensor, w: Tensor, bias: Optional[Tensor]) -> Ten
     return run_forward(forward_entry(geom.rank, x, w, bias, *geom[1:6], precision), x, w, bias)
 
 
-def grad_input(
-    geom: Geometry,
-    grad_output: Tensor,
-    w: Tensor,
-    input_size: Sequence[int],
-    x: Optional[Tensor] = None,
-    pre: str = "",
-) -> Tensor:
-    """Gradient by the input: the strided convolution of ``grad_output`` with the same weight.
-
-    With ``x`` and ``pre``, ``grad_weight`` is next with these: what both have to compile is compiled at once.
-    """
+def grad_input_entry(
+    geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Sequence[int], x: Optional[Tensor] = None, pre: str = ""
+) -> Entry:
+    """With ``x`` and ``pre``, ``grad_weight`` is next with these: what both have to compile is compiled at once."""
     input_size = tuple(input_size)
     key = (
         GRAD_INPUT,
@@ -611,9 +617,8 @@ def grad_input(
         x_shape = (*grad_output.shape[: -rank - 1], w.shape[0], *input_size)
         _check_grad_output(geom, grad_output, x_shape, tuple(w.shape))
         layout = suggest_layout(grad_output, w) if batched else CONTIGUOUS
-        with ThreadPoolExecutor(1) as other:  # waits at its end; an error there comes again from grad_weight
-            if x is not None and x.is_cuda:
-                other.submit(_grad_weight_entry, geom, x, grad_output, tuple(w.shape[2:]), pre)
+        following = None if x is None else partial(grad_weight_entry, geom, x, grad_output, w.shape[2:], pre)
+        with beside(following, w):
             plan = make_plan(
                 GRAD_INPUT,
                 geom,
@@ -626,6 +631,14 @@ def grad_input(
                 layout,
             )
         entry = _remember(_backward_entries, key, Entry(plan, geom, x_shape, layout, x_shape, tuple(w.shape)))
+    return entry
+
+
+def grad_input(
+    geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Sequence[int], x: Optional[Tensor] = None, pre: str = ""
+) -> Tensor:
+    """Gradient by the input: the strided convolution of ``grad_output`` with the same weight."""
+    entry = grad_input_entry(geom, grad_output, w, input_size, x, pre)
     g = dense(grad_output, entry.layout)
     w, weight_last = dense_weight(w)
     result = empty(entry.shape, entry.layout, g)
@@ -653,7 +666,8 @@ def grad_input(
     return result
 
 
-def _grad_weight_entry(geom: Geometry, x: Tensor, grad_output: Tensor, kernel: Size, pre: str) -> Entry:
+def grad_weight_entry(geom: Geometry, x: Tensor, grad_output: Tensor, kernel: Sequence[int], pre: str = "") -> Entry:
+    kernel = tuple(kernel)
     key = (
         GRAD_WEIGHT,
         pre,
@@ -699,7 +713,7 @@ def grad_weight(
     geom: Geometry, x: Tensor, grad_output: Tensor, kernel: Sequence[int], with_bias: bool = False, pre: str = ""
 ) -> Tuple[Tensor, Optional[Tensor]]:
     """Gradient by the weight and, in the same pass over ``grad_output``, by the bias; ``pre`` is applied to ``x``."""
-    entry = _grad_weight_entry(geom, x, grad_output, tuple(kernel), pre)
+    entry = grad_weight_entry(geom, x, grad_output, kernel, pre)
     x = dense(x, entry.layout)
     g = dense(grad_output, entry.layout)
     result = empty(entry.shape, CONTIGUOUS, x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -220,30 +220,41 @@ _pointwise_entries: dict = {}
 
 
 def _pointwise_plan(
-    direction: int, x: Tensor, rank: int, layout: int, chain: str, operand_dtype: Any, output_dtype: Any
+    direction: int,
+    x: Tensor,
+    rank: int,
+    layout: int,
+    chain: str,
+    operand_dtype: Any,
+    output_dtype: Any,
+    following: Optional[Callable[[], Any]] = None,
 ) -> Any:
-    """The chain alone, on a tensor of the result's shape: as far as sizes go, a convolution of one tap, stride 1."""
+    """The chain alone, on a tensor of the result's shape: as far as sizes go, a convolution of one tap, stride 1.
+
+    ``following`` makes the plans that are needed next.
+    """
     ones, zeros = (1,) * rank, (0,) * rank
     geom = Geometry(rank, ones, zeros, zeros, 1, ones, _core.FP32)
     key = (direction, x.shape, x.dtype, x.device, layout, chain, operand_dtype, output_dtype)
     plan = _pointwise_entries.get(key)
     if plan is None:
         channels = x.shape[-rank - 1]
-        plan = _core.make_plan(
-            direction,
-            geom,
-            _core._batch_of(tuple(x.shape), rank),
-            channels,
-            channels,
-            tuple(x.shape[-rank:]),
-            ones,
-            x,
-            layout,
-            chain,
-            False,
-            operand_dtype,
-            output_dtype,
-        )
+        with _core.beside(following, x):
+            plan = _core.make_plan(
+                direction,
+                geom,
+                _core._batch_of(tuple(x.shape), rank),
+                channels,
+                channels,
+                tuple(x.shape[-rank:]),
+                ones,
+                x,
+                layout,
+                chain,
+                False,
+                operand_dtype,
+                output_dtype,
+            )
         _core._remember(_pointwise_entries, key, plan)
     return plan
 
@@ -270,6 +281,7 @@ def chain_backward(
     chain: str,
     rank: int,
     wanted: Sequence[bool],
+    following: Optional[Callable[[], Any]] = None,
 ) -> List[Tensor]:
     """[gradient of raw, gradient of each operand]; operands that are not wanted give an empty tensor."""
     layout = _core.suggest_layout(raw) if raw.dim() == rank + 2 else _core.CONTIGUOUS
@@ -277,7 +289,7 @@ def chain_backward(
     grad_output = _core.dense(grad_output, layout)
     operand_dtype = _operand_dtype(chain, operands, raw.dtype)
     output = _chain.output_dtype(chain)
-    plan = _pointwise_plan(_core.GRAD_EPILOGUE, raw, rank, layout, _strip(chain), operand_dtype, output)
+    plan = _pointwise_plan(_core.GRAD_EPILOGUE, raw, rank, layout, _strip(chain), operand_dtype, output, following)
     pairs = _pairs(chain, operands)
     prepared, grads = [], []
     for (word, t), want in zip(pairs, wanted):
@@ -357,6 +369,7 @@ class FusedConvTranspose(Function):
         chain, geom = ctx.chain, ctx.geom
         need_x, need_w, need_bias = ctx.needs_input_grad[:3]
         wanted = list(ctx.needs_input_grad[5:])
+        size, pre = x.shape[-geom.rank :], _pre_only(chain)
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, grad, x, w, bias, operands)
         grads: List[Optional[Tensor]] = [None] * len(operands)
@@ -366,13 +379,18 @@ class FusedConvTranspose(Function):
             given, words, asked = operands, chain, wanted
             if joins:
                 given, words, asked = _bias_as_operand(raw, operands, chain, geom.rank, wanted)
-            grad, *rest = chain_backward(raw, grad, mean, rstd, given, words, geom.rank, asked)
+
+            def following() -> Any:  # raw lies in memory as the gradient that will replace it
+                if need_x:
+                    return _core.grad_input_entry(geom, raw, w, size, x if need_w else None, pre)
+                return _core.grad_weight_entry(geom, x, raw, w.shape[2:], pre) if need_w else None
+
+            grad, *rest = chain_backward(raw, grad, mean, rstd, given, words, geom.rank, asked, following)
             if joins:
                 grad_bias, need_bias = rest.pop(0).to(raw.dtype), False
             grads = [g if want else None for g, want in zip(rest, wanted)]
-        pre = _pre_only(chain)
         if need_x:
-            grad_x = _core.grad_input(geom, grad, w, x.shape[-geom.rank :], x if need_w else None, pre)
+            grad_x = _core.grad_input(geom, grad, w, size, x if need_w else None, pre)
             if pre:
                 grad_x = pre_backward(x, grad_x, chain, geom.rank)
         if need_w:

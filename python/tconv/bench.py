@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,11 +21,11 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ Run = Callable[[], Any]
 Listed = tuple[Shape, str, str, str]  # dtype, layout, direction
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+# The compiler takes two or three threads at a time: one for each program of a call.
+CORES_PER_COLD_PROCESS = 4
 
 # What one card can reach, in 1e12 units a second: copy (read + write), products (a multiply-add is two) by dtype, TF32
 # for f32.
@@ -541,16 +545,29 @@ def compile_ahead(listed: Sequence[Listed], device: torch.device, workers: int) 
     return time.perf_counter() - begin
 
 
-def cold_calls(listed: Sequence[Listed], device: torch.device) -> dict[Listed | None, float]:
-    """Milliseconds of each first call with nothing compiled before; None: of a tiny layer, the first of a process."""
-    with tempfile.TemporaryDirectory() as folder:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, spawn, os.putenv, ("TCONV_CACHE_DIR", folder)) as alone:
-            return alone.submit(first_calls, listed, device).result()
+Cold = dict[Listed, dict[str, float]]
 
 
-def first_calls(listed: Sequence[Listed], device: torch.device) -> dict[Listed | None, float]:
+def cold_calls(listed: Sequence[Listed], device: torch.device) -> Cold:
+    """Milliseconds of first calls with nothing compiled before: forward, gradients, or for a training step both.
+
+    In processes without a disk cache; a process takes all rows of a shape, each of which it meets for the first time.
+    """
+    names = list(dict.fromkeys(job[0].name for job in listed))
+    count = max(1, (os.cpu_count() or 1) // CORES_PER_COLD_PROCESS)
+    parts = [[job for job in listed if names.index(job[0].name) % count == i] for i in range(count)]
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), os.putenv, ("TCONV_CACHE_DIR", "")) as pool:
+        found: Cold = {}
+        for part in pool.map(first_calls, [p for p in parts if p], itertools.repeat(device)):
+            found.update(part)
+    return found
+
+
+def first_calls(listed: Sequence[Listed], device: torch.device) -> Cold:
     clock = CudaClock(device)
+    # PyTorch's first gradient of a process imports for up to two seconds; the first program loads the compiler.
+    tiny = torch.rand(1, 8, 8, 8, device=device, requires_grad=True)
+    torch.autograd.grad(tconv.conv_transpose2d(tiny, torch.rand(8, 8, 3, 3, device=device)).sum(), tiny)
 
     def first(run: Run) -> float:
         clock.settle()
@@ -559,18 +576,20 @@ def first_calls(listed: Sequence[Listed], device: torch.device) -> dict[Listed |
         clock.settle()
         return round((time.perf_counter() - begin) * 1e3, 2)
 
-    tiny = torch.rand(1, 8, 8, 8, device=device)
-    weight = torch.rand(8, 8, 3, 3, device=device)
-    milliseconds: dict[Listed | None, float] = {None: first(lambda: tconv.conv_transpose2d(tiny, weight))}
+    milliseconds: Cold = {}
     for number, job in enumerate(listed):
         shape, dtype, layout, direction = job
         progress(f"bench: first calls [{number + 1}/{len(listed)}] {shape.name} {dtype} {layout} {direction}")
         case = Case(shape, dtype, layout, device)
-        grad_output = None
-        if direction != "forward":
-            with torch.no_grad():
-                grad_output = torch.rand_like(case.ours(case.input))
-        milliseconds[job] = first(case.runs(direction, case.ours, grad_output))
+        milliseconds[job] = times = {}
+        if direction == "forward":
+            times["forward"] = first(case.forward(case.ours))
+            continue
+        with torch.no_grad():
+            grad_output = torch.rand_like(case.ours(case.input))
+        if direction == "train":  # keeps more than a forward pass without gradients
+            times["forward"] = first(partial(case.ours, case.input))
+        times["gradients"] = first(case.gradients(case.ours, grad_output, whole_step=False))
     progress("")
     return milliseconds
 
@@ -681,9 +700,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 line += f"; against its better layout {geometric_mean(better):.2f}x, lowest {min(better):.2f}x"
             lines.append(line)
     cold = [
-        (r["cold_call_ms"], f"{r['name']} {r['dtype']} {r['layout']} {r['direction']}")
+        (ms, f"{r['name']} {r['dtype']} {r['layout']} {what}")
         for r in rows
-        if "cold_call_ms" in r
+        for what, ms in r.get("cold_call_ms", {}).items()
     ]
     if cold:
         longest, where = max(cold)
@@ -745,9 +764,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ieee", action="store_true", help="time PyTorch without TF32 too")
     parser.add_argument("--compile", action="store_true", help="time torch.compile on chains too")
     parser.add_argument("--regret", action="store_true", help="time the 12 cheapest configs beside the choice")
-    parser.add_argument(
-        "--cold", action="store_true", help="time first calls with an empty cache too (CUDA), in a process of its own"
-    )
+    parser.add_argument("--cold", action="store_true", help="time first calls with nothing compiled before too (CUDA)")
     parser.add_argument("--full-batch", action="store_true", help="never reduce the batch or sizes")
     parser.add_argument(
         "--workers", type=int, default=min(12, os.cpu_count() or 1), help="compile ahead on CUDA; 0: no"
@@ -784,10 +801,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             most = math.inf if on_cuda else 1e9 if slow else 1.6e11
             sized[dtype] = [reduced(s, room, most, sizes=slow) for s in shapes]
 
-    begin = time.perf_counter()
     load = [round(os.getloadavg()[0], 2)]
     listed = jobs(sized, arguments)
     cold = cold_calls(listed, device) if on_cuda and arguments.cold else {}
+    begin = time.perf_counter()
     if on_cuda and arguments.workers:
         progress(f"bench: compiling ahead in {arguments.workers} processes")
         progress(f"bench: compiled in {compile_ahead(listed, device, arguments.workers):.0f} s\n")
@@ -831,7 +848,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = {
             "commit": commit(), "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "machine": machine(device) | ({} if on_cuda else {"load_average": load}), "versions": versions(),
-            "rates_tera": ceilings, "host_us_per_call": host, "first_of_process_ms": cold.get(None),
+            "rates_tera": ceilings, "host_us_per_call": host,
             "method": f"medians of interleaved runs, {clock.flush_note}, inputs uniform in [0, 1)",
             "seconds": round(time.perf_counter() - begin, 1), "left_out": left_out, "rows": rows,
         }  # fmt: skip

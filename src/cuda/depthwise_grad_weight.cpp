@@ -104,12 +104,26 @@ std::string cells_text(const Problem& problem, const Variant& v) {
   // m_), and rows of grad_output are called to L2 some turns before. channels_last: the same took a third longer for
   // mednext_depthwise (0.39 instead of 0.29 ms on an H100), so there they are read where they are used.
   const bool ahead = problem.layout == Layout::contiguous;
+  // What exists of slices, columns and places of a cell, as bits of words: a predicate for each would take a register each.
+  const std::size_t first_column = v.slices.size(), first_place = first_column + v.columns.size();
+  const std::size_t num_bits = first_place + v.grad_columns.size();
+  const auto word_of = [](std::size_t index) { return "there" + text_of(static_cast<int64_t>(index / 32)); };
+  const auto bit = [&](std::size_t index) {
+    return "(" + word_of(index) + " >> " + text_of(static_cast<int64_t>(index % 32)) + " & 1u)";
+  };
+  const auto set_bits = [&](std::size_t first, const std::vector<int64_t>& offsets, const std::string& from,
+                            const std::string& size) {
+    for (std::size_t i = 0; i < offsets.size(); ++i)
+      out += "  " + word_of(first + i) + " |= static_cast<unsigned>(static_cast<unsigned>(" + from + " + (" +
+             text_of(offsets[i]) + ")) < static_cast<unsigned>(" + size + ")) << " +
+             text_of(static_cast<int64_t>((first + i) % 32)) + ";\n";
+  };
   const auto each_input = [&](auto&& text) {
     std::string all;
     for (std::size_t s = 0; s < v.slices.size(); ++s) {
       for (std::size_t c = 0; c < v.columns.size(); ++c) {
         all += text(s, c, "n" + text_of(static_cast<int64_t>(s)) + "_" + text_of(static_cast<int64_t>(c)),
-                    "s" + text_of(static_cast<int64_t>(s)) + " && c" + text_of(static_cast<int64_t>(c)));
+                    bit(s) + " && " + bit(first_column + c));
       }
     }
     return all;
@@ -117,7 +131,8 @@ std::string cells_text(const Problem& problem, const Variant& v) {
   const auto each_grad = [&](auto&& text) {
     std::string all;
     for (const int64_t r : v.grad_rows) {
-      for (const int64_t c : v.grad_columns) all += text(r, c, "m" + text_of(r) + "_" + text_of(c));
+      for (std::size_t c = 0; c < v.grad_columns.size(); ++c)
+        all += text(r, v.grad_columns[c], "m" + text_of(r) + "_" + text_of(v.grad_columns[c]), bit(first_place + c));
     }
     return all;
   };
@@ -135,31 +150,27 @@ std::string cells_text(const Problem& problem, const Variant& v) {
     });
   };
   const auto read_cell = [&] {
-    return each_grad([&](int64_t r, int64_t c, const std::string& name) {
-             return "    " + name + " = stored_at(y + " + text_of(r) + " < limit && o" + text_of(c) + ", grad + (" +
-                    text_of(r) + " * grad_row + " + text_of(c) + " * kGradStep));\n";
+    return each_grad([&](int64_t r, int64_t c, const std::string& name, const std::string& there) {
+             return "    " + name + " = stored_at(left > " + text_of(r) + " && " + there + ", grad + (" + text_of(r) +
+                    " * grad_row + " + text_of(c) + " * kGradStep));\n";
            }) +
-           "    grad += " + text_of(problem.stride[1]) + " * grad_row, y += " + text_of(problem.stride[1]) + ";\n";
+           "    grad += " + text_of(problem.stride[1]) + " * grad_row, left -= " + text_of(problem.stride[1]) + ";\n";
   };
   const auto call_rows = [&] {
     std::string text;
     for (const int64_t r : v.grad_rows) {
       const std::string row = text_of(r + kRowsAhead * problem.stride[1]);
-      text += "    if (y + " + row + " < limit && o" + text_of(v.grad_columns[0]) + ") fetch_to_l2(grad + (" + row +
-              " * grad_row + " + text_of(v.grad_columns[0]) + "));\n";
+      text += "    if (left > " + row + " && " + bit(first_place) + ") fetch_to_l2(grad + (" + row + " * grad_row + " +
+              text_of(v.grad_columns[0]) + "));\n";
     }
     return text;
   };
-  for (std::size_t s = 0; s < v.slices.size(); ++s) {
-    out += "  const bool s" + text_of(static_cast<int64_t>(s)) + " = static_cast<unsigned>(d + " +
-           text_of(v.slices[s]) + ") < static_cast<unsigned>(size[0]);\n";
-  }
-  for (std::size_t c = 0; c < v.columns.size(); ++c) {
-    out += "  const bool c" + text_of(static_cast<int64_t>(c)) + " = static_cast<unsigned>(w + (" +
-           text_of(v.columns[c]) + ")) < static_cast<unsigned>(size[2]);\n";
-  }
-  for (const int64_t r : v.grad_columns)
-    out += "  const bool o" + text_of(r) + " = x + " + text_of(r) + " < grad_width;\n";
+  for (std::size_t i = 0; i < num_bits; i += 32) out += "  unsigned " + word_of(i) + " = 0;\n";
+  set_bits(0, v.slices, "d", "size[0]");
+  set_bits(first_column, v.columns, "w", "size[2]");
+  set_bits(first_place, v.grad_columns, "x", "grad_width");
+  // The compiler would see through the bits.
+  for (std::size_t i = 0; i < num_bits; i += 32) out += "  asm(\"\" : \"+r\"(" + word_of(i) + "));\n";
   for (int64_t row = 0; row < v.span; ++row) {
     for (std::size_t s = 0; s < v.slices.size(); ++s) {
       for (std::size_t c = 0; c < v.columns.size(); ++c) out += "  accum_t " + input_name(s, row, c) + " = 0;\n";
@@ -169,7 +180,8 @@ std::string cells_text(const Problem& problem, const Variant& v) {
   out += each_input([](std::size_t, std::size_t, const std::string& name, const std::string&) {
     return "  storage_t " + name + ";\n";
   });
-  out += each_grad([](int64_t, int64_t, const std::string& name) { return "  storage_t " + name + ";\n"; });
+  out += each_grad(
+      [](int64_t, int64_t, const std::string& name, const std::string&) { return "  storage_t " + name + ";\n"; });
   for (int64_t row = 0; row + 1 < v.span; ++row) out += "  {\n" + read_row() + use_row(row) + "  }\n";
   const std::string reads = (v.span > 0 ? read_row() : "") + (ahead ? call_rows() : "") + read_cell();
   if (ahead) out += "  {\n" + reads + "  }\n";
@@ -178,7 +190,7 @@ std::string cells_text(const Problem& problem, const Variant& v) {
   for (int64_t turn = 0; turn < turns; ++turn) {
     const auto slot = [&](int64_t row) { return (turn + row) % v.span; };
     out += "  {\n" + (ahead ? "" : reads);
-    out += each_grad([&](int64_t r, int64_t c, const std::string& name) {
+    out += each_grad([&](int64_t r, int64_t c, const std::string& name, const std::string&) {
       return "    const accum_t " + grad_name(r, c) + " = widen(" + name + ");\n";
     });
     if (v.span > 0) out += use_row(slot(v.span - 1));
@@ -221,7 +233,7 @@ struct Geometry {
   std::vector<Variant> variants;
   std::vector<std::string> classes;  // their texts
   std::vector<int64_t> sums;         // of each class
-  int64_t bias_sums = 0, most_sums = 0, most_registers = 0;
+  int64_t bias_sums = 0, most_sums = 0, most_registers = 0, most_grads = 0;
   int64_t channel_tiles = 1, blocks = 0;
   Arguments arguments{};
   std::size_t workspace = 0;
@@ -304,6 +316,7 @@ Geometry layer_geometry(const Problem& problem) {
         }
         g.most_sums = std::max(g.most_sums, v.sums());
         g.most_registers = std::max(g.most_registers, v.registers());
+        g.most_grads = std::max(g.most_grads, v.grad_reads());
         g.variants.push_back(std::move(v));
       }
     }
@@ -315,10 +328,11 @@ Geometry layer_geometry(const Problem& problem) {
   return g;
 }
 
-// Blocks of a multiprocessor: about 45 registers beside those counted. Without a number the compiler aims at more and
-// spills.
-int64_t blocks_per_multiprocessor(const Problem& problem, const Geometry& g) {
-  const int64_t registers = (problem.dtype == DType::f64 ? 2 : 1) * g.most_registers + 45;
+// Blocks of a multiprocessor: about 45 registers beside those counted, more for cells of many elements of grad_output, and
+// before Hopper. Without a number the compiler aims at more and spills.
+int64_t blocks_per_multiprocessor(const Problem& problem, const Device& device, const Geometry& g) {
+  const int64_t others = 45 + 6 * std::max<int64_t>(g.most_grads - 4, 0) + (device.compute_capability >= 90 ? 0 : 9);
+  const int64_t registers = (problem.dtype == DType::f64 ? 2 : 1) * g.most_registers + others;
   return std::clamp<int64_t>(65536 / (kThreads * registers), 2, 6);
 }
 
@@ -338,8 +352,21 @@ Geometry geometry(const Problem& problem, const Device& device) {
     }
   }
   if (problem.batch * problem.out_channels * cells[0] * cells[1] * cells[2] == 0) return g;
+  // The kernel counts from a cell in 32 bits; 64 would take registers that the sums need.
+  int64_t slices = 1, rows = 1;
+  for (const Variant& v : g.variants) {
+    if (!v.slices.empty()) slices = std::max(slices, v.slices.back());
+    if (!v.grad_rows.empty()) rows = std::max(rows, v.grad_rows.back() + (kRowsAhead + 1) * problem.stride[1]);
+  }
+  const bool last = problem.layout == Layout::channels_last;
+  const int64_t input_reach = slices * problem.input[1] * problem.input[2] * (last ? problem.groups : 1);
+  const int64_t grad_reach = rows * output[2] * (last ? problem.out_channels : 1);
+  if (std::max(input_reach, grad_reach) > INT32_MAX) {
+    g.refusal = text_of(std::max(input_reach, grad_reach)) + " elements between what a thread reads, at most 2^31 - 1";
+    return g;
+  }
   // Twice the warps that run at once, so that none waits long for the last.
-  const int64_t resident = blocks_per_multiprocessor(problem, g) * std::max(device.multiprocessors, 1);
+  const int64_t resident = blocks_per_multiprocessor(problem, device, g) * std::max(device.multiprocessors, 1);
   const int64_t others = g.channel_tiles * static_cast<int64_t>(g.variants.size());
   int64_t strips = ceil_div(cells[1], kLongestStrip);
   const auto items = [&] { return problem.batch * cells[0] * ceil_div(strips * cells[2], 32 / g.lanes); };
@@ -409,7 +436,7 @@ std::vector<Unit> units(const Step& step) {
     return out + "}";
   };
   number("kThreads", kThreads);
-  number("kMinBlocks", blocks_per_multiprocessor(problem, g));
+  number("kMinBlocks", blocks_per_multiprocessor(problem, step.device, g));
   number("kLanes", g.lanes);
   number("kSlots", g.most_sums);
   number("kBiasSums", g.bias_sums);
@@ -451,13 +478,12 @@ std::vector<Unit> units(const Step& step) {
       "__device__ __forceinline__ storage_t stored_at(bool there, const storage_t* at);\n"
       "__device__ __forceinline__ accum_t input_of(bool there, storage_t stored);\n"
       "__device__ __forceinline__ void fetch_to_l2(const storage_t* at);\n"
-      "// input: row h of slice d at column w; grad: row y of the phase at column x. Rows below `limit` are added.\n"
+      "// input: row h of slice d at column w; grad: a row of the phase at column x, of which `left` follow.\n"
       "template <int kind, int kInputStep, int kGradStep, int count>\n"
       "__device__ __forceinline__ void add_cells(const storage_t* input, const storage_t* grad, const int (&size)[3],\n"
-      "                                          int grad_width, int d, int h, int w, int y, int x, int limit,\n"
+      "                                          int grad_width, int d, int h, int w, int x, int left,\n"
       "                                          unsigned strip, accum_t (&sum)[count]) {\n"
-      "  const long long row = static_cast<long long>(size[2]) * kInputStep, slice = size[1] * row;\n"
-      "  const long long grad_row = static_cast<long long>(grad_width) * kGradStep;\n"
+      "  const int row = size[2] * kInputStep, slice = size[1] * row, grad_row = grad_width * kGradStep;\n"
       "  (void)slice;\n";
   for (std::size_t k = 0; k < g.classes.size(); ++k) {
     text += "  if constexpr (kind == " + text_of(static_cast<int64_t>(k)) + ") {\n" + g.classes[k] + "  }\n";

@@ -82,8 +82,8 @@ __device__ __forceinline__ long long element(long long b, int channel, int chann
 }
 
 // The sum of one tap over the block's share with every product tested for its operands: for data that is not finite.
-__device__ __noinline__ accum_t add_exactly(const Arguments& a, unsigned begin, unsigned end, int spot, int channel,
-                                            int tap) {
+__device__ __forceinline__ accum_t add_exactly(const Arguments& a, unsigned begin, unsigned end, int spot, int channel,
+                                               int tap) {
   const int t_0 = tap / (TCONV_K1 * TCONV_K2), t_1 = tap / TCONV_K2 % TCONV_K1, t_2 = tap % TCONV_K2;
   accum_t sum = 0;
   for (unsigned item = begin; item < end; ++item) {
@@ -113,107 +113,130 @@ __device__ __forceinline__ accum_t over_lanes(accum_t sum) {
   return sum;
 }
 
+// Of as many values as a channel has lanes: each exchange halves them, and part[0] of lane `spot` ends up as the sum of its
+// value. A tree for each takes five times the exchanges.
+template <int half>
+__device__ __forceinline__ void scatter_sums(accum_t (&part)[kPlaces], int spot) {
+  if constexpr (half > 0) {
+    const bool upper = spot & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const accum_t give = upper ? part[i] : part[i + half];
+      part[i] = (upper ? part[i + half] : part[i]) + __shfl_xor_sync(0xffffffffu, give, half * kLanes);
+    }
+    scatter_sums<half / 2>(part, spot);
+  }
+}
+
 using Stage = accum_t[kWarps][kSlots + 1][kLanes];
 
-using Sums = accum_t[kSlots + 1];
+// What a thread's block does, and its own part. Worked out again wherever it is needed: kept, it spilled.
+struct Block {
+  int thread, warp, local, spot, first_channel, variant;
+  unsigned share, begin, end;
+  __device__ __forceinline__ explicit Block(const Arguments& a) {
+    unsigned index = blockIdx.x;
+    thread = static_cast<int>(threadIdx.x);
+    asm volatile("" : "+r"(thread), "+r"(index));
+    warp = thread / 32, local = thread % kLanes, spot = thread % 32 / kLanes;
+    first_channel = static_cast<int>(index % kChannelTiles) * kLanes;
+    index /= kChannelTiles;
+    variant = static_cast<int>(index % kVariants);
+    share = index / kVariants, begin = share * a.share;
+    end = begin + a.share < a.items ? begin + a.share : a.items;
+  }
+};
 
 template <int kind>
-__device__ __forceinline__ void add_items(const Arguments& a, int variant, unsigned begin, unsigned end,
-                                          int first_channel, Sums& sum) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int local = lane % kLanes, spot = lane / kLanes, channel = first_channel + local;
+__device__ __forceinline__ void add_items(const Arguments& a, Stage& stage) {
   const int size[3] = {static_cast<int>(a.input_size[0]), static_cast<int>(a.input_size[1]),
                        static_cast<int>(a.input_size[2])};
   const int grad_height = static_cast<int>(a.output_size[1]);
+  constexpr int kCount = kSums[kind];
+  accum_t sum[kCount + 1];
+#pragma unroll
+  for (int i = 0; i <= kCount; ++i) sum[i] = 0;
+  __shared__ unsigned next[kThreads];  // item of each thread: even that register is needed for the sums
+  {
+    const Block block(a);
+    next[block.thread] = block.begin + block.warp;
+  }
 #pragma unroll 1
-  for (unsigned item = begin + warp; item < end; item += kWarps) {
-    const Place at = place_of(a, item, spot);
+  for (;;) {
+    const Block block(a);
+    const unsigned item = next[block.thread];
+    if (item >= block.end) break;
+    next[block.thread] = item + kWarps;
+    const int variant = block.variant, channel = block.first_channel + block.local;
+    const Place at = place_of(a, item, block.spot);
     const int z = at.q_0 * TCONV_S0 + kPhase[variant];
     if (z >= a.output_size[0]) continue;
     const bool here = at.here && channel < kChannels;
-    // Rows of grad_output from y on up to `limit`; none where there is nothing to do.
+    // Rows of grad_output from y on that are added; none where there is nothing to do.
     const long long below = static_cast<long long>(at.q_1 + a.strip) * TCONV_S1;
-    const int limit = !here ? -1 : below < grad_height ? static_cast<int>(below) : grad_height;
     const int d = at.q_0 + kSlice[variant], h = here ? at.q_1 + kRow[variant] : -(1 << 30);
     const int y = at.q_1 * TCONV_S1 + kGradRow[variant];
+    const int left = here ? (below < grad_height ? static_cast<int>(below) : grad_height) - y : 0;
     const storage_t* input =
         static_cast<const storage_t*>(a.input) +
         element(at.b, channel / TCONV_CO, TCONV_GROUPS, a.input_size, d, at.q_1 + kRow[variant], at.q_2);
     const storage_t* grad = static_cast<const storage_t*>(a.grad_output) +
                             element(at.b, channel, kChannels, a.output_size, z, y, at.q_2 * TCONV_S2);
-    add_cells<kind, kInputStep, kGradStep>(input, grad, size, static_cast<int>(a.output_size[2]), d, h, at.q_2, y,
-                                           at.q_2 * TCONV_S2, limit, a.strip, sum);
+    add_cells<kind, kInputStep, kGradStep>(input, grad, size, static_cast<int>(a.output_size[2]), d, h, at.q_2,
+                                           at.q_2 * TCONV_S2, left, a.strip, sum);
+  }
+  const Block block(a);
+#pragma unroll
+  for (int first = 0; first <= kCount; first += kPlaces) {
+    accum_t part[kPlaces];
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) part[i] = first + i <= kCount ? sum[first + i] : accum_t(0);
+    scatter_sums<kPlaces / 2>(part, block.spot);
+    if (first + block.spot <= kCount) stage[block.warp][first + block.spot][block.local] = part[0];
   }
 }
 
 template <int kind>
-__device__ __forceinline__ void add_items_of(const Arguments& a, int variant, unsigned begin, unsigned end,
-                                             int first_channel, Sums& sum) {
-  if (kClass[variant] == kind) {
-    add_items<kind>(a, variant, begin, end, first_channel, sum);
+__device__ __forceinline__ void add_items_of(const Arguments& a, Stage& stage) {
+  if (kClass[Block(a).variant] == kind) {
+    add_items<kind>(a, stage);
   } else if constexpr (kind + 1 < kClasses) {
-    add_items_of<kind + 1>(a, variant, begin, end, first_channel, sum);
+    add_items_of<kind + 1>(a, stage);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) depthwise_grad_weight(const Arguments a) {
-  unsigned block = blockIdx.x;
-  const int first_channel = static_cast<int>(block % kChannelTiles) * kLanes;
-  block /= kChannelTiles;
-  const int variant = static_cast<int>(block % kVariants);
-  const unsigned share = block / kVariants, begin = share * a.share;
-  const unsigned end = begin + a.share < a.items ? begin + a.share : a.items;
-  Sums sum;
-#pragma unroll
-  for (int i = 0; i <= kSlots; ++i) sum[i] = 0;
-  add_items_of<0>(a, variant, begin, end, first_channel, sum);
+  __shared__ Stage stage;
+  add_items_of<0>(a, stage);
+  __syncthreads();
 
   // From here on once for all classes: written out with each, it took a third of the compiler's time.
-  __shared__ Stage stage;
-  const int count = kSums[kClass[variant]], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int local = lane % kLanes, spot = lane / kLanes;
-  // Over the lanes of one channel, as many sums at once as there are: each exchange halves them, and lane `spot` ends up
-  // with one. A tree for each sum takes five times the exchanges.
-#pragma unroll
-  for (int first = 0; first <= kSlots; first += kPlaces) {
-    accum_t part[kPlaces];
-#pragma unroll
-    for (int i = 0; i < kPlaces; ++i) part[i] = first + i <= kSlots ? sum[first + i] : accum_t(0);
-#pragma unroll
-    for (int half = kPlaces / 2; half > 0; half /= 2) {
-      const bool upper = spot & half;
-#pragma unroll
-      for (int i = 0; i < half; ++i) {
-        const accum_t give = upper ? part[i] : part[i + half];
-        part[i] = (upper ? part[i + half] : part[i]) + __shfl_xor_sync(0xffffffffu, give, half * kLanes);
-      }
-    }
-    if (first + spot <= kSlots) stage[warp][first + spot][local] = part[0];
-  }
-  __syncthreads();
-  const int* taps = kSlotTap + kFirst[variant];
+  const Block block(a);
+  const int count = kSums[kClass[block.variant]];
+  const int* taps = kSlotTap + kFirst[block.variant];
   bool finite = true;
-  for (int slot = warp; slot < count; slot += kWarps)
+  for (int slot = block.warp; slot < count; slot += kWarps)
     for (int other = 0; other < kWarps; ++other) {
-      const accum_t total = stage[other][slot][local];
+      const accum_t total = stage[other][slot][block.local];
       finite = finite && total - total == accum_t(0);
     }
   if (__syncthreads_or(!finite)) {
-    for (int slot = warp; slot < count; slot += kWarps) {
-      const accum_t exact = over_lanes(add_exactly(a, begin, end, spot, first_channel + local, taps[slot]));
-      if (lane < kLanes) {
-        for (int other = 0; other < kWarps; ++other) stage[other][slot][lane] = other ? accum_t(0) : exact;
+    for (int slot = block.warp; slot < count; slot += kWarps) {
+      const accum_t exact =
+          over_lanes(add_exactly(a, block.begin, block.end, block.spot, block.first_channel + block.local, taps[slot]));
+      if (block.spot == 0) {
+        for (int other = 0; other < kWarps; ++other) stage[other][slot][block.local] = other ? accum_t(0) : exact;
       }
     }
     __syncthreads();
   }
   for (int e = threadIdx.x; e < (count + 1) * kLanes; e += kThreads) {
-    const int slot = e / kLanes, c = first_channel + e % kLanes;
-    const int column = slot < count ? taps[slot] : kTaps + kBias[variant];
-    if (c >= kChannels || (slot == count && kBias[variant] < 0)) continue;
+    const int slot = e / kLanes, c = block.first_channel + e % kLanes;
+    const int column = slot < count ? taps[slot] : kTaps + kBias[block.variant];
+    if (c >= kChannels || (slot == count && kBias[block.variant] < 0)) continue;
     accum_t value = stage[0][slot][e % kLanes];
     for (int other = 1; other < kWarps; ++other) value += stage[other][slot][e % kLanes];
-    a.partial[(static_cast<long long>(share) * kChannels + c) * kColumns + column] = value;
+    a.partial[(static_cast<long long>(block.share) * kChannels + c) * kColumns + column] = value;
   }
 }
 #endif

@@ -414,9 +414,10 @@ void read_report(const std::string& log, const std::string& entry, BuildReport& 
       ours = line.find("'" + entry + "'") != std::string::npos;
     }
     if (!ours) continue;
+    // Of the entry, then of every function that it calls.
     if (line.find("stack frame") != std::string::npos) {
-      report.stack_bytes = number_before(" bytes stack frame");
-      report.spill_bytes = number_before(" bytes spill stores") + number_before(" bytes spill loads");
+      report.stack_bytes += number_before(" bytes stack frame");
+      report.spill_bytes += number_before(" bytes spill stores") + number_before(" bytes spill loads");
     }
     if (line.find("Used ") != std::string::npos) {
       report.registers = static_cast<int>(number_before(" registers"));
