@@ -41,8 +41,8 @@ Listed = tuple[Shape, str, str, str]  # dtype, layout, direction
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
-# The compiler takes two or three threads at a time: one for each program of a call.
-CORES_PER_COLD_PROCESS = 4
+# The compiler takes up to four threads for a call, one for each program; two processes do not get in each other's way.
+CORES_PER_COLD_PROCESS = 8
 
 # What one card can reach, in 1e12 units a second: copy (read + write), products (a multiply-add is two) by dtype, TF32
 # for f32.
@@ -556,18 +556,24 @@ def cold_calls(listed: Sequence[Listed], device: torch.device) -> Cold:
     names = list(dict.fromkeys(job[0].name for job in listed))
     count = max(1, (os.cpu_count() or 1) // CORES_PER_COLD_PROCESS)
     parts = [[job for job in listed if names.index(job[0].name) % count == i] for i in range(count)]
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), os.putenv, ("TCONV_CACHE_DIR", "")) as pool:
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), without_caches) as pool:
         found: Cold = {}
         for part in pool.map(first_calls, [p for p in parts if p], itertools.repeat(device)):
             found.update(part)
     return found
 
 
+def without_caches() -> None:
+    os.environ["TCONV_CACHE_DIR"] = ""
+    os.environ["CUDA_CACHE_DISABLE"] = "1"  # the driver's own, which NVRTC uses
+
+
 def first_calls(listed: Sequence[Listed], device: torch.device) -> Cold:
     clock = CudaClock(device)
-    # PyTorch's first gradient of a process imports for up to two seconds; the first program loads the compiler.
+    # The first program of a process loads the compiler; PyTorch's first gradient imports, for up to two seconds.
     tiny = torch.rand(1, 8, 8, 8, device=device, requires_grad=True)
-    torch.autograd.grad(tconv.conv_transpose2d(tiny, torch.rand(8, 8, 3, 3, device=device)).sum(), tiny)
+    result = tconv.conv_transpose2d(tiny, torch.rand(8, 8, 3, 3, device=device))
+    torch.autograd.grad(result, tiny, torch.ones_like(result))
 
     def first(run: Run) -> float:
         clock.settle()
