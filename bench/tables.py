@@ -184,7 +184,8 @@ def accuracy(record: dict[str, Any]) -> str:
 
 def first_calls(record: dict[str, Any]) -> str:
     times: dict[str, list[tuple[float, str]]] = {}
-    for row in record["rows"] if record["machine"]["kind"] != "cpu" else []:
+    # Older records do not say which programs were there already.
+    for row in record["rows"] if any("cold_call_ms" in row for row in record["rows"]) else []:
         label = f"{name_of(row)} {row['dtype']} {row['layout']}".removesuffix(" contiguous")
         kept = f"{DIRECTION[row['direction']]}, the programs in the disk cache"
         times.setdefault(kept, []).append((row["first_call_ms"], label))
