@@ -210,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) depthwise_gra
   add_items_of<0>(a, stage);
   __syncthreads();
 
-  // From here on once for all classes: written out with each, it took a third of the compiler's time.
+  // From here on once for all classes, for the compiler's time.
   const Block block(a);
   const int count = kSums[kClass[block.variant]];
   const int* taps = kSlotTap + kFirst[block.variant];

@@ -74,8 +74,8 @@ bool brings_rows(const Problem& problem, const Config& config, const Geometry& g
          (problem.groups == 1 || g.words % config.block_k == 0) && has_tensor_maps();
 }
 
-// Whether the program is one for sources that start on a 16-byte boundary, and others have one of their own. In one
-// program they took a third of the compiler's time.
+// Whether the program is one for sources that start on a 16-byte boundary, and others have one of their own: a first call
+// should not wait for code that it does not run.
 bool wants_alignment(const Problem& problem, const Config& config, const Geometry& g) {
   if (g.tensor) return false;
   return problem.layout == Layout::channels_last ? g.vector : brings_rows(problem, config, g);
@@ -201,7 +201,7 @@ std::vector<Unit> units(const Step& given) {
   define("RG_ENTRY_BEGIN", list(begin));
   define("RG_NUM_PASSES", g.passes->size());
   // Stores of passes without taps are left out where a chain makes them long to compile; elsewhere the compiler lays out
-  // the other stores better beside them (kernelbench_1_79 in fp16: 4.5 % on an H200).
+  // the other stores better beside them (kernelbench_1_79 in fp16).
   const bool empty_passes = static_cast<std::size_t>(g.live_passes) < g.passes->size() || step.epilogue.ops.empty();
   define("RG_EMPTY_PASSES", empty_passes ? 1 : 0);
   const std::string layer = text.str();
