@@ -39,7 +39,7 @@ from tconv.problems import DTYPES, Shape, named, parse, reduced
 
 Listed = tuple[Shape, str, str, str]  # dtype, layout, direction
 
-# The compiler takes up to four threads for a call, one for each program; two processes do not get in each other's way.
+# So that processes stay out of each other's way: the compiler takes a thread for each program of a call.
 CORES_PER_COLD_PROCESS = 8
 
 # What one card can reach, in 1e12 units a second: copy (read + write), products (a multiply-add is two) by dtype, TF32
@@ -397,7 +397,7 @@ def without_caches() -> None:
 
 def first_calls(listed: Sequence[Listed], device: torch.device) -> Cold:
     clock = CudaClock(device)
-    # The first program of a process loads the compiler; PyTorch's first gradient imports, for up to two seconds.
+    # The first program of a process loads the compiler, and PyTorch's first gradient imports.
     tiny = torch.rand(1, 8, 8, 8, device=device, requires_grad=True)
     result = tconv.conv_transpose2d(tiny, torch.rand(8, 8, 3, 3, device=device))
     torch.autograd.grad(result, tiny, torch.ones_like(result))

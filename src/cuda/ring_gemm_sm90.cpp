@@ -293,7 +293,7 @@ std::vector<Unit> units(const Step& given) {
 struct Ready : Loaded {
   Problem problem;  // as the config sees it
   Geometry geometry;
-  bool brings_rows = false, wants_alignment = false;
+  bool brings_rows = false;
   int64_t items = 0, images_at_once = 0;
   unsigned pack_blocks = 0;
   std::vector<std::size_t> tensor_operands;  // slots of operands with a value per element
@@ -305,7 +305,6 @@ void prepare_launch(Step& step) {
   ready->geometry =
       geometry(ready->problem, step.epilogue, step.device, step.config, layer_geometry(ready->problem, step.config));
   ready->brings_rows = brings_rows(ready->problem, step.config, ready->geometry);
-  ready->wants_alignment = wants_alignment(ready->problem, step.config, ready->geometry);
   ready->items = num_items(ready->problem, step.config, ready->geometry);
   ready->images_at_once = images_at_once(ready->problem, step.config, ready->geometry);
   for (std::size_t i = 0; i < step.epilogue.ops.size(); ++i)
@@ -442,7 +441,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   args.segment = static_cast<int>(g.segment), args.segments_d = static_cast<int>(ceil_div(g.tiles[0], g.segment));
   args.segments_behind = static_cast<int>(g.tiles[1] * g.tiles[2] * ceil_div(g.row_blocks, g.row_groups));
   const bool aligned = reinterpret_cast<std::uintptr_t>(args.source) % 16 == 0;
-  const Function& gemm = aligned || !ready.wants_alignment ? *ready.functions[0] : ready.on_demand->get(step.device);
+  const Function& gemm = aligned || !ready.on_demand ? *ready.functions[0] : ready.on_demand->get(step.device);
   for (int i = 0; i < kMaxOperands; ++i) args.operands[i] = tensors.operands[i];
   if (g.tensor && (g.packed || aligned)) {
     const void* first = g.packed
