@@ -260,7 +260,7 @@ PyType_Slot plan_slots[] = {
     {Py_tp_repr, reinterpret_cast<void*>(plan_repr)},
     {Py_tp_getset, plan_getset},
     {Py_tp_methods, plan_methods},
-    {Py_tp_doc, const_cast<char*>("Which kernels run for a problem. Made by plan() and plan_string(), run by run().")},
+    {Py_tp_doc, const_cast<char*>("Which kernels run for a problem. Made by plans() and plan_string(), run by run().")},
     {0, nullptr},
 };
 PyType_Spec plan_spec = {"tconv._C.Plan", sizeof(PlanObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
@@ -330,40 +330,65 @@ std::optional<tconv::DType> to_optional_dtype(PyObject* object) {
   return to_enum<tconv::DType>(object, 4, "dtype");
 }
 
-PyObject* make_plan(PyObject*, PyObject* const* args, Py_ssize_t count) {
+tconv::PlanRequest to_request(PyObject* tuple) {
+  constexpr Py_ssize_t kCount = 21;
+  if (!PyTuple_Check(tuple)) {
+    PyErr_SetString(PyExc_TypeError, "plans takes a list of tuples");
+    throw PythonError{};
+  }
+  expect_arguments("a plan", PyTuple_Size(tuple), kCount);
+  std::array<PyObject*, kCount> args;
+  for (Py_ssize_t i = 0; i < kCount; ++i) args[static_cast<std::size_t>(i)] = PyTuple_GetItem(tuple, i);
+  tconv::PlanRequest request;
+  tconv::Problem& problem = request.problem;
+  problem.direction = to_enum<tconv::Direction>(args[0], 5, "direction");
+  problem.rank = static_cast<int>(to_int(args[1]));
+  if (problem.rank < 1 || problem.rank > 3) throw std::invalid_argument("rank must be 1, 2 or 3");
+  const int rank = problem.rank;
+  problem.batch = to_int(args[2]);
+  problem.groups = to_int(args[3]);
+  problem.in_channels = to_int(args[4]);
+  problem.out_channels = to_int(args[5]);
+  problem.input = to_dims(args[6], rank, 1);
+  problem.kernel = to_dims(args[7], rank, 1);
+  problem.stride = to_dims(args[8], rank, 1);
+  problem.padding = to_dims(args[9], rank, 0);
+  problem.output_padding = to_dims(args[10], rank, 0);
+  problem.dilation = to_dims(args[11], rank, 1);
+  problem.dtype = to_enum<tconv::DType>(args[12], 4, "dtype");
+  problem.layout = to_enum<tconv::Layout>(args[13], 2, "layout");
+  problem.precision = to_enum<tconv::Precision>(args[14], 2, "precision");
+  const auto device = static_cast<int>(to_int(args[15]));
+  request.device = device < 0 ? tconv::cpu_device() : tconv::cuda_device(device);
+  tconv::Epilogue& epilogue = request.epilogue;
+  epilogue = tconv::parse_epilogue(to_text(args[16]));
+  epilogue.save = to_int(args[17]) != 0;
+  epilogue.operand_dtype = to_optional_dtype(args[18]);
+  epilogue.output_dtype = to_optional_dtype(args[19]);
+  request.only = to_text(args[20]);
+  return request;
+}
+
+PyObject* plans(PyObject*, PyObject* list) {
   return guarded(PyExc_RuntimeError, [&]() -> PyObject* {
-    expect_arguments("plan", count, 21);
-    tconv::Problem problem;
-    problem.direction = to_enum<tconv::Direction>(args[0], 5, "direction");
-    problem.rank = static_cast<int>(to_int(args[1]));
-    if (problem.rank < 1 || problem.rank > 3) throw std::invalid_argument("rank must be 1, 2 or 3");
-    const int rank = problem.rank;
-    problem.batch = to_int(args[2]);
-    problem.groups = to_int(args[3]);
-    problem.in_channels = to_int(args[4]);
-    problem.out_channels = to_int(args[5]);
-    problem.input = to_dims(args[6], rank, 1);
-    problem.kernel = to_dims(args[7], rank, 1);
-    problem.stride = to_dims(args[8], rank, 1);
-    problem.padding = to_dims(args[9], rank, 0);
-    problem.output_padding = to_dims(args[10], rank, 0);
-    problem.dilation = to_dims(args[11], rank, 1);
-    problem.dtype = to_enum<tconv::DType>(args[12], 4, "dtype");
-    problem.layout = to_enum<tconv::Layout>(args[13], 2, "layout");
-    problem.precision = to_enum<tconv::Precision>(args[14], 2, "precision");
-    const auto device_index = static_cast<int>(to_int(args[15]));
-    tconv::Epilogue epilogue = tconv::parse_epilogue(to_text(args[16]));
-    epilogue.save = to_int(args[17]) != 0;
-    epilogue.operand_dtype = to_optional_dtype(args[18]);
-    epilogue.output_dtype = to_optional_dtype(args[19]);
-    const std::string only = to_text(args[20]);
-    std::shared_ptr<const Plan> made;
+    if (!PyList_Check(list)) {
+      PyErr_SetString(PyExc_TypeError, "plans takes a list of tuples");
+      throw PythonError{};
+    }
+    const Py_ssize_t count = PyList_Size(list);
+    std::vector<tconv::PlanRequest> requests;
+    for (Py_ssize_t i = 0; i < count; ++i) requests.push_back(to_request(PyList_GetItem(list, i)));
+    std::vector<std::shared_ptr<const Plan>> made;
     {
       ReleaseGil released;
-      const tconv::Device device = device_index < 0 ? tconv::cpu_device() : tconv::cuda_device(device_index);
-      made = tconv::plan(problem, epilogue, device, only);
+      made = tconv::plans(requests);
     }
-    return wrap(std::move(made));
+    Object result = checked(PyList_New(0));
+    for (auto& one : made) {
+      const Object object = checked(wrap(std::move(one)));
+      if (PyList_Append(result.get(), object.get()) < 0) throw PythonError{};
+    }
+    return result.release();
   });
 }
 
@@ -604,9 +629,11 @@ PyCFunction as_method(F* function) {
 PyMethodDef methods[] = {
     {"geometry_key", as_method(geometry_key), METH_FASTCALL,
      "geometry_key(rank, stride, padding, output_padding, groups, dilation) -> bytes, or None if not plain ints"},
-    {"plan", as_method(make_plan), METH_FASTCALL,
-     "plan(direction, rank, batch, groups, in_channels, out_channels, input, kernel, stride, padding, output_padding, "
-     "dilation, dtype, layout, precision, device, epilogue, save, operand_dtype, output_dtype, only) -> Plan"},
+    {"plans", plans, METH_O,
+     "plans(list of (direction, rank, batch, groups, in_channels, out_channels, input, kernel, stride, padding, "
+     "output_padding, dilation, dtype, layout, precision, device, epilogue, save, operand_dtype, output_dtype, only)) "
+     "-> "
+     "list of Plan; what they have to compile is compiled at the same time"},
     {"plan_string", as_method(plan_string), METH_FASTCALL, "plan_string(problem, device, only) -> Plan"},
     {"parse_problem", parse_problem, METH_O, "parse_problem(text) -> dict"},
     {"run", as_method(run), METH_FASTCALL,

@@ -219,6 +219,9 @@ void validate(const Epilogue& epilogue, const Problem& problem) {
   if (gradient && (epilogue.bias || !epilogue.ops.empty())) {
     refuse("direction " + std::string(to_string(problem.direction)) + " takes no epilogue, got " + to_string(epilogue));
   }
+  if (problem.direction == Direction::grad_epilogue && epilogue.bias) {
+    refuse("direction grad_epilogue takes no bias, because its input holds it already, got " + to_string(epilogue));
+  }
   if (problem.direction != Direction::forward && problem.direction != Direction::grad_weight && !epilogue.pre.empty()) {
     refuse("direction " + std::string(to_string(problem.direction)) + " takes no pre-activation, got " +
            to_string(epilogue));

@@ -42,4 +42,11 @@ struct Kernel {
 
 std::span<const Kernel* const> kernels(Backend backend);
 
+namespace cuda {
+// Loads the units of all these steps (the CPU's have none) at the same time, so that prepare finds them. Programs that have
+// to be compiled begin in order of their length: NVRTC parses one at a time, and behind a dozen short ones, as for the
+// gradients of S4, the two that take longest would begin late.
+void load_all(std::span<Step* const> steps);
+}  // namespace cuda
+
 }  // namespace tconv

@@ -505,35 +505,57 @@ Plan make_plan(const Problem& problem, const Epilogue& epilogue, const Device& d
 
 std::shared_ptr<const Plan> plan(const Problem& problem, const Epilogue& epilogue, const Device& device,
                                  std::string_view only) {
-  const std::size_t key = key_of(problem, epilogue, device, only);
   {
     std::shared_lock lock(cache().mutex);
-    if (auto found = find(key, problem, epilogue, device, only)) return found;
+    if (auto found = find(key_of(problem, epilogue, device, only), problem, epilogue, device, only)) return found;
   }
-  // Made without the lock, because preparing may compile for a second; two threads may make the same plan, one is kept.
-  auto made = std::make_shared<Plan>(make_plan(problem, epilogue, device, only, kernels(device.backend)));
-  const bool runnable = device.backend == Backend::cpu || device.index >= 0;
-  if (runnable) {
-    // Steps are prepared at the same time: on CUDA that may compile for a second each.
-    std::vector<std::future<void>> others;
-    const auto prepare = [](Step& step) {
-      if (step.kernel->prepare != nullptr) step.kernel->prepare(step);
-    };
-    for (std::size_t i = 1; i < made->steps.size(); ++i) {
-      if (device.backend == Backend::cuda)
-        others.push_back(std::async(std::launch::async, prepare, std::ref(made->steps[i])));
-      else
-        prepare(made->steps[i]);
+  const PlanRequest request{problem, epilogue, device, std::string(only)};
+  return plans({&request, 1})[0];
+}
+
+std::vector<std::shared_ptr<const Plan>> plans(std::span<const PlanRequest> requests) {
+  std::vector<std::shared_ptr<const Plan>> result(requests.size());
+  std::vector<std::shared_ptr<Plan>> made(requests.size());
+  const auto make = [&](std::size_t i) {
+    const PlanRequest& r = requests[i];
+    made[i] = std::make_shared<Plan>(make_plan(r.problem, r.epilogue, r.device, r.only, kernels(r.device.backend)));
+  };
+  std::vector<std::size_t> missing;
+  {
+    std::shared_lock lock(cache().mutex);
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      const PlanRequest& r = requests[i];
+      result[i] = find(key_of(r.problem, r.epilogue, r.device, r.only), r.problem, r.epilogue, r.device, r.only);
+      if (!result[i]) missing.push_back(i);
     }
-    if (!made->steps.empty()) prepare(made->steps[0]);
-    for (std::future<void>& other : others) other.get();
   }
+  if (missing.empty()) return result;
+  // Made without the lock, because preparing may compile for a second; two threads may make the same plan, one is kept.
+  std::vector<std::future<void>> others;
+  for (std::size_t k = 1; k < missing.size(); ++k) others.push_back(std::async(std::launch::async, make, missing[k]));
+  make(missing[0]);
+  for (std::future<void>& other : others) other.get();
+  std::vector<Step*> steps;
+  for (const std::size_t i : missing) {
+    const Device& device = requests[i].device;
+    if (device.backend == Backend::cuda && device.index < 0) continue;  // only described, nothing runs there
+    for (Step& step : made[i]->steps)
+      if (step.kernel->prepare != nullptr) steps.push_back(&step);
+  }
+  cuda::load_all(steps);
+  for (Step* step : steps) step->kernel->prepare(*step);
   std::unique_lock lock(cache().mutex);
-  if (auto found = find(key, problem, epilogue, device, only)) return found;
-  // Callers with ever-changing sizes must not grow the cache without bound; running plans keep themselves alive.
-  if (cache().entries.size() >= kMaxCachedPlans) cache().entries.clear();
-  cache().entries.emplace(key, Entry{std::string(only), made});
-  return made;
+  for (const std::size_t i : missing) {
+    const PlanRequest& r = requests[i];
+    const std::size_t key = key_of(r.problem, r.epilogue, r.device, r.only);
+    result[i] = find(key, r.problem, r.epilogue, r.device, r.only);
+    if (result[i]) continue;
+    // Callers with ever-changing sizes must not grow the cache without bound; running plans keep themselves alive.
+    if (cache().entries.size() >= kMaxCachedPlans) cache().entries.clear();
+    cache().entries.emplace(key, Entry{r.only, made[i]});
+    result[i] = made[i];
+  }
+  return result;
 }
 
 void clear_plan_cache() {

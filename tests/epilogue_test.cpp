@@ -110,6 +110,7 @@ TEST(Epilogue, RefusesWhatTheGrammarForbids) {
   EXPECT_CONTAINS(refusal(many), "at most 16 operands, got 17");
   EXPECT_CONTAINS(refusal("relu", "2d c2>2 i3x3 t3 grad_input"), "direction grad_input takes no epilogue");
   EXPECT_CONTAINS(refusal("pre:relu", "2d c2>2 i3x3 t3 grad_input"), "takes no pre-activation");
+  EXPECT_CONTAINS(refusal("bias relu", "2d c2>2 i3x3 t3 grad_epilogue"), "takes no bias");
   EXPECT_EQ(refusal("pre:relu", "2d c2>2 i3x3 t3 grad_weight"), "");
 }
 

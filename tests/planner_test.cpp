@@ -294,6 +294,36 @@ TEST(PlanCache, ReturnsTheSamePlanUntilItIsCleared) {
   EXPECT_EQ(first->problem, problem) << "a plan in use survives the cache";
 }
 
+TEST(Planner, PlansOfARequestAreThoseOfPlan) {
+  clear_plan_cache();
+  const Problem layer = parse_problem("2d b2 c8>8 i9x7 t3x3 s2");
+  std::vector<PlanRequest> requests;
+  for (const Direction direction : {Direction::grad_weight, Direction::grad_input, Direction::forward}) {
+    Problem problem = layer;
+    problem.direction = direction;
+    requests.push_back({problem, {}, cpu_device(), ""});
+  }
+  requests.push_back({layer, parse_epilogue("relu"), known_device("h200"), ""});
+  requests.push_back(requests[0]);  // asked twice
+  const auto there = plan(requests[1].problem, {}, cpu_device());
+  const auto made = plans(requests);
+  ASSERT_EQ(made.size(), requests.size());
+  EXPECT_EQ(made[1], there);
+  EXPECT_EQ(made[4], made[0]);
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    const PlanRequest& r = requests[i];
+    EXPECT_EQ(made[i]->problem, r.problem);
+    EXPECT_EQ(plan(r.problem, r.epilogue, r.device, r.only), made[i]);
+  }
+  EXPECT_TRUE(plans({}).empty());
+
+  // One that is refused leaves nothing behind.
+  clear_plan_cache();
+  requests.push_back({layer, {}, cpu_device(), "no_such_kernel"});
+  EXPECT_THROW(plans(requests), std::invalid_argument);
+  EXPECT_NE(plan(requests[1].problem, {}, cpu_device()), there);
+}
+
 TEST(PlanCache, IsSharedByThreads) {
   clear_plan_cache();
   std::atomic<int> wrong = 0;

@@ -127,7 +127,7 @@ def test_cuda_plan_without_cuda_says_what_is_missing() -> None:
     with pytest.raises(RuntimeError, match="driver"):
         ones, zeros = (1, 1), (0, 0)
         geometry = ((8, 8), (3, 3), ones, zeros, zeros, ones)
-        tconv._C.plan(0, 2, 1, 1, 4, 4, *geometry, 0, 0, 0, 0, "", False, None, None, "")
+        tconv._C.plans([(0, 2, 1, 1, 4, 4, *geometry, 0, 0, 0, 0, "", False, None, None, "")])
 
 
 def test_bad_problem_strings() -> None:

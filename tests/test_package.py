@@ -225,12 +225,16 @@ def test_the_module_keeps_to_the_limited_api() -> None:
 
 
 def test_arguments_of_the_binding_are_checked() -> None:
-    with pytest.raises(TypeError, match="plan takes 21 arguments"):
-        _C.plan(1, 2)
+    with pytest.raises(TypeError, match="a plan takes 21 arguments, got 2"):
+        _C.plans([(1, 2)])
+    for not_a_list_of_tuples in (None, ((1, 2),), [1]):
+        with pytest.raises(TypeError, match="a list of tuples"):
+            _C.plans(not_a_list_of_tuples)
+    assert _C.plans([]) == []
     with pytest.raises(TypeError, match=r"expected a tconv\._C\.Plan"):
         _C.run(*[None] * 16)
     with pytest.raises(ValueError, match="direction must be in"):
-        _C.plan(9, *[0] * 20)
+        _C.plans([(9, *[0] * 20)])
     with pytest.raises(TypeError):
         _C.Plan()
     assert _C.geometry_key(2, 1, (0, 0), 0, 1, [1]) == _C.geometry_key(2, (1, 1), 0, 0, 1, 1)

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -85,6 +86,16 @@ struct Plan {
 // that name, or `name:config`; throws std::invalid_argument when it refuses. The returned plan is immutable.
 std::shared_ptr<const Plan> plan(const Problem& problem, const Epilogue& epilogue, const Device& device,
                                  std::string_view only = {});
+
+struct PlanRequest {
+  Problem problem;
+  Epilogue epilogue;
+  Device device;
+  std::string only;
+};
+// The same for several that are needed soon, those of a backward pass for example: on CUDA all that they have to compile
+// is compiled at the same time.
+std::vector<std::shared_ptr<const Plan>> plans(std::span<const PlanRequest> requests);
 void clear_plan_cache();
 
 // One line per candidate: chosen first, then by price, then the refusals.

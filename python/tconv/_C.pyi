@@ -18,30 +18,7 @@ _Address = Optional[int]
 def geometry_key(
     rank: int, stride: Any, padding: Any, output_padding: Any, groups: Any, dilation: Any, /
 ) -> Optional[bytes]: ...
-def plan(
-    direction: int,
-    rank: int,
-    batch: int,
-    groups: int,
-    in_channels: int,
-    out_channels: int,
-    input: _Dims,
-    kernel: _Dims,
-    stride: _Dims,
-    padding: _Dims,
-    output_padding: _Dims,
-    dilation: _Dims,
-    dtype: int,
-    layout: int,
-    precision: int,
-    device: int,
-    epilogue: str,
-    save: bool,
-    operand_dtype: Optional[int],
-    output_dtype: Optional[int],
-    only: str,
-    /,
-) -> Plan: ...
+def plans(requests: list[tuple[Any, ...]], /) -> list[Plan]: ...
 def plan_string(problem: str, device: str, only: str, /) -> Plan: ...
 def parse_problem(text: str, /) -> dict[str, Any]: ...
 def run(

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union
+from typing import Any, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -395,19 +392,7 @@ class Entry:
         return None
 
 
-@contextmanager
-def beside(work: Optional[Callable[[], Any]], like: Tensor) -> Iterator[None]:
-    """On CUDA, makes another plan in a thread while the block makes one: a first call compiles both at once.
-
-    Waits at its end. An error in ``work`` is left to the call that needs its plan, which meets it again.
-    """
-    with ThreadPoolExecutor(1) as other:
-        if work is not None and like.is_cuda:
-            other.submit(work)
-        yield
-
-
-def make_plan(
+def plan_arguments(
     direction: int,
     geom: Geometry,
     batch: int,
@@ -422,13 +407,13 @@ def make_plan(
     operand_dtype: Optional[torch.dtype] = None,
     output_dtype: Optional[torch.dtype] = None,
     only: str = "",
-) -> Any:
-    """A plan of the core; None when there is nothing to compute: no elements, or meta tensors."""
+) -> Optional[Tuple[Any, ...]]:
+    """For ``make_plan``; None when there is nothing to compute: no elements, or meta tensors."""
     if batch == 0 or like.is_meta or 0 in geom.output_size(input_size, kernel):
         return None
     if like.is_cuda:
         add_search_paths()
-    return _C.plan(
+    return (
         direction,
         geom.rank,
         batch,
@@ -451,6 +436,16 @@ def make_plan(
         None if output_dtype is None else DTYPE_CODES[output_dtype],
         only,
     )
+
+
+def make_plan(arguments: Optional[Tuple[Any, ...]], following: Sequence[Optional[Tuple[Any, ...]]] = ()) -> Any:
+    """A plan of the core, or None without arguments.
+
+    Those that are ``following`` are needed next: what all of them have to compile is compiled at the same time.
+    """
+    if arguments is None:
+        return None
+    return _C.plans([arguments, *(other for other in following if other is not None)])[0]
 
 
 def _batch_of(shape: Size, rank: int) -> int:
@@ -520,7 +515,7 @@ def make_forward_entry(geom: Geometry, x: Tensor, w: Tensor, bias: Optional[Tens
     spatial, kernel = x_shape[-rank:], w_shape[2:]
     out_channels = w_shape[1] * geom.groups
     layout = suggest_layout(x, w) if len(x_shape) == rank + 2 else CONTIGUOUS
-    plan = make_plan(
+    arguments = plan_arguments(
         FORWARD,
         geom,
         _batch_of(x_shape, rank),
@@ -533,7 +528,7 @@ def make_forward_entry(geom: Geometry, x: Tensor, w: Tensor, bias: Optional[Tens
         "bias" if bias is not None else "",
     )
     shape = (*x_shape[: -rank - 1], out_channels, *geom.output_size(spatial, kernel))
-    entry = Entry(plan, geom, shape, layout, x_shape, w_shape)
+    entry = Entry(make_plan(arguments), geom, shape, layout, x_shape, w_shape)
     entry.cuda = x.get_device() if x.is_cuda else -1
     contiguous = is_dense(w, CONTIGUOUS)
     entry.weight_last = x.is_cuda and not contiguous and is_dense(w, CHANNELS_LAST)
@@ -590,6 +585,27 @@ def forward(geom: Geometry, x: Tensor, w: Tensor, bias: Optional[Tensor]) -> Ten
     return run_forward(forward_entry(geom.rank, x, w, bias, *geom[1:6], precision), x, w, bias)
 
 
+class Gradient(NamedTuple):
+    """What the plan of a gradient is made from, checked."""
+
+    arguments: Optional[Tuple[Any, ...]]
+    layout: int
+    x_shape: Size
+    w_shape: Size
+
+
+def describe_grad_input(geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Sequence[int]) -> Gradient:
+    rank, input_size = geom.rank, tuple(input_size)
+    check_tensors(f"conv_transpose{rank}d backward", grad_output=grad_output, weight=w)
+    batched = grad_output.dim() == rank + 2
+    x_shape, w_shape = (*grad_output.shape[: -rank - 1], w.shape[0], *input_size), tuple(w.shape)
+    _check_grad_output(geom, grad_output, x_shape, w_shape)
+    layout = suggest_layout(grad_output, w) if batched else CONTIGUOUS
+    batch, out_channels = _batch_of(x_shape, rank), w_shape[1] * geom.groups
+    arguments = plan_arguments(GRAD_INPUT, geom, batch, w_shape[0], out_channels, input_size, w_shape[2:], w, layout)
+    return Gradient(arguments, layout, x_shape, w_shape)
+
+
 def grad_input_entry(
     geom: Geometry, grad_output: Tensor, w: Tensor, input_size: Sequence[int], x: Optional[Tensor] = None, pre: str = ""
 ) -> Entry:
@@ -611,26 +627,11 @@ def grad_input_entry(
     )
     entry = _backward_entries.get(key)
     if entry is None:
-        rank = geom.rank
-        check_tensors(f"conv_transpose{rank}d backward", grad_output=grad_output, weight=w)
-        batched = grad_output.dim() == rank + 2
-        x_shape = (*grad_output.shape[: -rank - 1], w.shape[0], *input_size)
-        _check_grad_output(geom, grad_output, x_shape, tuple(w.shape))
-        layout = suggest_layout(grad_output, w) if batched else CONTIGUOUS
-        following = None if x is None else partial(grad_weight_entry, geom, x, grad_output, w.shape[2:], pre)
-        with beside(following, w):
-            plan = make_plan(
-                GRAD_INPUT,
-                geom,
-                _batch_of(x_shape, rank),
-                w.shape[0],
-                w.shape[1] * geom.groups,
-                input_size,
-                w.shape[2:],
-                w,
-                layout,
-            )
-        entry = _remember(_backward_entries, key, Entry(plan, geom, x_shape, layout, x_shape, tuple(w.shape)))
+        asked = describe_grad_input(geom, grad_output, w, input_size)
+        following = [] if x is None else [describe_grad_weight(geom, x, grad_output, w.shape[2:], pre).arguments]
+        plan = make_plan(asked.arguments, following)
+        entry = Entry(plan, geom, asked.x_shape, asked.layout, asked.x_shape, asked.w_shape)
+        _remember(_backward_entries, key, entry)
     return entry
 
 
@@ -666,6 +667,22 @@ def grad_input(
     return result
 
 
+def describe_grad_weight(
+    geom: Geometry, x: Tensor, grad_output: Tensor, kernel: Sequence[int], pre: str = ""
+) -> Gradient:
+    rank, kernel = geom.rank, tuple(kernel)
+    check_tensors(f"conv_transpose{rank}d backward", input=x, grad_output=grad_output)
+    batched = x.dim() == rank + 2
+    x_shape = tuple(x.shape)
+    out_channels = grad_output.shape[-rank - 1]
+    w_shape = (x_shape[-rank - 1], out_channels // geom.groups, *kernel)
+    _check_grad_output(geom, grad_output, x_shape, w_shape)
+    layout = suggest_layout(x, grad_output) if batched else CONTIGUOUS
+    batch, input_size = _batch_of(x_shape, rank), x_shape[-rank:]
+    arguments = plan_arguments(GRAD_WEIGHT, geom, batch, w_shape[0], out_channels, input_size, kernel, x, layout, pre)
+    return Gradient(arguments, layout, x_shape, w_shape)
+
+
 def grad_weight_entry(geom: Geometry, x: Tensor, grad_output: Tensor, kernel: Sequence[int], pre: str = "") -> Entry:
     kernel = tuple(kernel)
     key = (
@@ -685,27 +702,10 @@ def grad_weight_entry(geom: Geometry, x: Tensor, grad_output: Tensor, kernel: Se
     )
     entry = _backward_entries.get(key)
     if entry is None:
-        rank = geom.rank
-        check_tensors(f"conv_transpose{rank}d backward", input=x, grad_output=grad_output)
-        batched = x.dim() == rank + 2
-        x_shape = tuple(x.shape)
-        out_channels = grad_output.shape[-rank - 1]
-        w_shape = (x_shape[-rank - 1], out_channels // geom.groups, *kernel)
-        _check_grad_output(geom, grad_output, x_shape, w_shape)
-        layout = suggest_layout(x, grad_output) if batched else CONTIGUOUS
-        plan = make_plan(
-            GRAD_WEIGHT,
-            geom,
-            _batch_of(x_shape, rank),
-            w_shape[0],
-            out_channels,
-            x_shape[-rank:],
-            kernel,
-            x,
-            layout,
-            pre,
-        )
-        entry = _remember(_backward_entries, key, Entry(plan, geom, w_shape, layout, x_shape, w_shape))
+        asked = describe_grad_weight(geom, x, grad_output, kernel, pre)
+        plan = make_plan(asked.arguments)
+        entry = Entry(plan, geom, asked.w_shape, asked.layout, asked.x_shape, asked.w_shape)
+        _remember(_backward_entries, key, entry)
     return entry
 
 

@@ -121,7 +121,7 @@ def _make_entry(
     layout = _core.suggest_layout(x, w) if len(x_shape) == rank + 2 else _core.CONTIGUOUS
     operand_dtype = _operand_dtype(chain, operands, x.dtype)
     output_dtype = _chain.output_dtype(chain)
-    plan = _core.make_plan(
+    arguments = _core.plan_arguments(
         _core.FORWARD,
         geom,
         _core._batch_of(x_shape, rank),
@@ -136,6 +136,7 @@ def _make_entry(
         operand_dtype,
         output_dtype,
     )
+    plan = _core.make_plan(arguments)
     entry = FusedEntry(plan, geom, shape, layout, x_shape, w_shape)
     entry.has_ops = bool(_chain.parse(chain)[1])
     entry.operand_dtype = operand_dtype
@@ -227,11 +228,11 @@ def _pointwise_plan(
     chain: str,
     operand_dtype: Any,
     output_dtype: Any,
-    following: Optional[Callable[[], Any]] = None,
+    following: Optional[Callable[[], List[Any]]] = None,
 ) -> Any:
     """The chain alone, on a tensor of the result's shape: as far as sizes go, a convolution of one tap, stride 1.
 
-    ``following`` makes the plans that are needed next.
+    ``following`` gives the arguments of the plans that are needed next.
     """
     ones, zeros = (1,) * rank, (0,) * rank
     geom = Geometry(rank, ones, zeros, zeros, 1, ones, _core.FP32)
@@ -239,22 +240,22 @@ def _pointwise_plan(
     plan = _pointwise_entries.get(key)
     if plan is None:
         channels = x.shape[-rank - 1]
-        with _core.beside(following, x):
-            plan = _core.make_plan(
-                direction,
-                geom,
-                _core._batch_of(tuple(x.shape), rank),
-                channels,
-                channels,
-                tuple(x.shape[-rank:]),
-                ones,
-                x,
-                layout,
-                chain,
-                False,
-                operand_dtype,
-                output_dtype,
-            )
+        arguments = _core.plan_arguments(
+            direction,
+            geom,
+            _core._batch_of(tuple(x.shape), rank),
+            channels,
+            channels,
+            tuple(x.shape[-rank:]),
+            ones,
+            x,
+            layout,
+            chain,
+            False,
+            operand_dtype,
+            output_dtype,
+        )
+        plan = _core.make_plan(arguments, following() if following is not None else ())
         _core._remember(_pointwise_entries, key, plan)
     return plan
 
@@ -281,7 +282,7 @@ def chain_backward(
     chain: str,
     rank: int,
     wanted: Sequence[bool],
-    following: Optional[Callable[[], Any]] = None,
+    following: Optional[Callable[[], List[Any]]] = None,
 ) -> List[Tensor]:
     """[gradient of raw, gradient of each operand]; operands that are not wanted give an empty tensor."""
     layout = _core.suggest_layout(raw) if raw.dim() == rank + 2 else _core.CONTIGUOUS
@@ -380,10 +381,13 @@ class FusedConvTranspose(Function):
             if joins:
                 given, words, asked = _bias_as_operand(raw, operands, chain, geom.rank, wanted)
 
-            def following() -> Any:  # raw lies in memory as the gradient that will replace it
+            def following() -> List[Any]:  # raw lies in memory as the gradient that will replace it
+                asked = []
                 if need_x:
-                    return _core.grad_input_entry(geom, raw, w, size, x if need_w else None, pre)
-                return _core.grad_weight_entry(geom, x, raw, w.shape[2:], pre) if need_w else None
+                    asked.append(_core.describe_grad_input(geom, raw, w, size).arguments)
+                if need_w:
+                    asked.append(_core.describe_grad_weight(geom, x, raw, w.shape[2:], pre).arguments)
+                return asked
 
             grad, *rest = chain_backward(raw, grad, mean, rstd, given, words, geom.rank, asked, following)
             if joins:

@@ -97,7 +97,7 @@ std::size_t prepare(const Problem& problem, const Epilogue& epilogue, const Tens
       store_element(values, arithmetic, c, load_element(source, dtype, c));
     return values;
   };
-  if (epilogue.bias && !backward(problem)) task.bias = channel_values(tensors.bias, problem.dtype);
+  if (epilogue.bias) task.bias = channel_values(tensors.bias, problem.dtype);
   int slots = 0;
   work.ops.clear();
   for (int index = 0; index < pre; ++index)

@@ -196,23 +196,38 @@ std::shared_ptr<const Function> load(const Unit& unit, const Device& device) {
   return future.get();
 }
 
+void load_all(std::span<Step* const> steps) {
+  struct Program {
+    Unit unit;
+    const Device* device;
+    std::size_t length;
+  };
+  std::vector<Program> programs;
+  for (const Step* step : steps) {
+    if (step->kernel->units == nullptr) continue;
+    for (Unit& unit : step->kernel->units(*step)) {
+      if (unit.on_demand) break;
+      const std::size_t length = program_text(unit).size();
+      programs.push_back({std::move(unit), &step->device, length});
+    }
+  }
+  std::stable_sort(programs.begin(), programs.end(),
+                   [](const Program& a, const Program& b) { return a.length > b.length; });
+  std::vector<std::future<void>> others;
+  for (std::size_t i = 1; i < programs.size(); ++i)
+    others.push_back(std::async(std::launch::async, [&p = programs[i]] { load(p.unit, *p.device); }));
+  if (!programs.empty()) load(programs[0].unit, *programs[0].device);
+  for (std::future<void>& other : others) other.get();
+}
+
 Loaded load_units(const Step& step) {
   std::vector<Unit> units = step.kernel->units(step);
   Loaded loaded;
-  if (units.back().on_demand) {
-    loaded.on_demand = std::make_shared<LateFunction>(std::move(units.back()));
-    units.pop_back();
-  }
-  if (units.size() == 1) {
-    loaded.functions.push_back(load(units[0], step.device));
-  } else {
-    // NVRTC compiles different programs in parallel.
-    std::vector<std::future<std::shared_ptr<const Function>>> futures;
-    for (const Unit& unit : units) {
-      futures.push_back(std::async(std::launch::async, [&unit, &step] { return load(unit, step.device); }));
-    }
-    for (auto& future : futures) loaded.functions.push_back(future.get());
-  }
+  const auto on_demand = std::find_if(units.begin(), units.end(), [](const Unit& unit) { return unit.on_demand; });
+  for (auto unit = on_demand; unit != units.end(); ++unit)
+    loaded.on_demand.push_back(std::make_shared<LateFunction>(std::move(*unit)));
+  units.erase(on_demand, units.end());
+  for (const Unit& unit : units) loaded.functions.push_back(load(unit, step.device));
   return loaded;
 }
 

@@ -122,10 +122,10 @@ class LateFunction {
   std::shared_ptr<const Function> function_;
 };
 
-// Step::state of CUDA kernels: the functions of units(step), in that order, and the last unit if that is on demand.
+// Step::state of CUDA kernels: the functions of units(step), in that order; units on demand are the last.
 struct Loaded {
   std::vector<std::shared_ptr<const Function>> functions;
-  std::shared_ptr<LateFunction> on_demand;
+  std::vector<std::shared_ptr<LateFunction>> on_demand;
 };
 // For the prepare of every CUDA kernel.
 Loaded load_units(const Step& step);

@@ -92,14 +92,20 @@ std::vector<Unit> units(const Step& step) {
   const std::string text = finish_prelude(step);
   const int norm = norm_number(step.epilogue);
   std::vector<Unit> list;
-  auto add = [&](const char* entry) { list.push_back({"finish.cu", entry, text, kThreads, 0}); };
-  if (norm == 1) {
-    add("finish_row_moments");
-    add("finish_merge_moments");
-  } else if (norm == 2) {
-    add("finish_position_moments");
-  }
-  if (step.problem.direction == Direction::epilogue) {
+  auto add = [&](const char* entry, bool on_demand = false) {
+    list.push_back({"finish.cu", entry, text, kThreads, 0, 100, on_demand});
+  };
+  const bool gradient = step.problem.direction == Direction::grad_epilogue;
+  auto add_moments = [&] {  // a gradient is usually given those of the forward pass
+    if (norm == 1) {
+      add("finish_row_moments", gradient);
+      add("finish_merge_moments", gradient);
+    } else if (norm == 2) {
+      add("finish_position_moments", gradient);
+    }
+  };
+  if (!gradient) {
+    add_moments();
     add("finish_apply");
     return list;
   }
@@ -111,6 +117,7 @@ std::vector<Unit> units(const Step& step) {
   }
   add("finish_grad_apply");
   if (!sums_of(step.epilogue).slots.empty()) add("finish_channel_sums");
+  add_moments();
   return list;
 }
 
@@ -257,28 +264,27 @@ void launch(const Step& step, const Tensors& tensors, Stream stream) {
   std::array<const void*, kMaxOperands> operands = tensors.operands;
   std::array<void*, kMaxOperands> grad_operands = tensors.grad_operands;
   void* arguments[] = {&a, operands.data(), grad_operands.data()};
-  std::size_t next = 0;
+  const Loaded& loaded = loaded_of(step);
+  std::size_t next = 0, next_on_demand = 0;
+  bool moments = true;
   auto enqueue = [&](int64_t blocks) {
-    cuda::launch(function(step, next++), {static_cast<unsigned>(blocks), 1, 1}, stream, arguments);
+    const Function& function =
+        gradient && moments ? loaded.on_demand[next_on_demand++]->get(step.device) : *loaded.functions[next++];
+    cuda::launch(function, {static_cast<unsigned>(blocks), 1, 1}, stream, arguments);
   };
-  auto skip = [&] { ++next; };
   // Threads per sum: a warp, or a block where each of a warp's lanes would have more than eight.
   auto merge = [&](int64_t sums, int64_t pieces) {
     a.mergers = pieces > 256 ? kThreads : 32;
     enqueue(ceil_div(sums, kThreads / a.mergers));
   };
   const int64_t of_group = a.channels / a.groups * a.chunks;
-  if (norm == 1) {
-    if (given) {
-      skip();
-      skip();
-    } else {
-      enqueue(g.row_blocks);
-      merge(a.statistics, of_group);
-    }
-  } else if (norm == 2) {
-    given ? skip() : enqueue(g.position_blocks);
+  if (norm == 1 && !given) {
+    enqueue(g.row_blocks);
+    merge(a.statistics, of_group);
+  } else if (norm == 2 && !given) {
+    enqueue(g.position_blocks);
   }
+  moments = false;
   if (!gradient) {
     enqueue(g.row_blocks);
     return;

@@ -476,10 +476,16 @@ std::string compile(const Unit& unit, std::string_view arch, BuildReport* report
                                       // fp32 quotients within 2 ulp: a silu has 17 instructions instead of 126
                                       "--prec-div=false"};
   if (machine_code) options.push_back("--ptxas-options=-v");
-  const std::string text = program_text(unit);
   std::string identity = "nvrtc " + std::to_string(nvrtc.version);
   for (const std::string& option : options) identity += ' ' + option;
-  const std::string key = key_of(identity + '\n' + text);
+  std::string text, key;
+  {
+    // One after the other, so that a short program does not overtake one that was started before it (load_all).
+    static std::mutex turn;
+    std::lock_guard lock(turn);
+    text = program_text(unit);
+    key = key_of(identity + '\n' + text);
+  }
 
   std::promise<std::shared_ptr<const Built>> promise;
   std::shared_future<std::shared_ptr<const Built>> future;

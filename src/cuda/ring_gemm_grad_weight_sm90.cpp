@@ -403,7 +403,7 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   const bool aligned =
       reinterpret_cast<std::uintptr_t>(tensors.input) % static_cast<unsigned>(copy_bytes(problem, images)) == 0;
   void* pointers[] = {&args};
-  launch(aligned ? function(step) : loaded_of(step).on_demand->get(step.device), {static_cast<unsigned>(g.blocks)},
+  launch(aligned ? function(step) : loaded_of(step).on_demand[0]->get(step.device), {static_cast<unsigned>(g.blocks)},
          stream, pointers);
   launch_sums(step, tensors, stream, g.blocks / g.shares * g.m_blocks * block_floats(step.config, g), g.shares,
               partial_floats(step.config, g));

@@ -441,7 +441,8 @@ void launch_step(const Step& step, const Tensors& tensors, Stream stream) {
   args.segment = static_cast<int>(g.segment), args.segments_d = static_cast<int>(ceil_div(g.tiles[0], g.segment));
   args.segments_behind = static_cast<int>(g.tiles[1] * g.tiles[2] * ceil_div(g.row_blocks, g.row_groups));
   const bool aligned = reinterpret_cast<std::uintptr_t>(args.source) % 16 == 0;
-  const Function& gemm = aligned || !ready.on_demand ? *ready.functions[0] : ready.on_demand->get(step.device);
+  const Function& gemm =
+      aligned || ready.on_demand.empty() ? *ready.functions[0] : ready.on_demand[0]->get(step.device);
   for (int i = 0; i < kMaxOperands; ++i) args.operands[i] = tensors.operands[i];
   if (g.tensor && (g.packed || aligned)) {
     const void* first = g.packed
