@@ -613,6 +613,15 @@ PyObject* clear_plan_cache(PyObject*, PyObject*) {
   });
 }
 
+PyObject* forget_functions(PyObject*, PyObject*) {
+  return guarded(PyExc_RuntimeError, []() -> PyObject* {
+    tconv::clear_plan_cache();
+    tconv::cuda::forget_functions();
+    Py_INCREF(Py_None);
+    return Py_None;
+  });
+}
+
 PyObject* add_search_path(PyObject*, PyObject* argument) {
   return guarded(PyExc_ValueError, [&]() -> PyObject* {
     tconv::cuda::add_search_path(to_text(argument));
@@ -646,6 +655,8 @@ PyMethodDef methods[] = {
     {"kernel_names", kernel_names, METH_O, "kernel_names('cpu' or 'cuda') -> list of names, in the registry's order"},
     {"operations", operations, METH_NOARGS, "The operations of a fused chain, one dictionary each."},
     {"clear_plan_cache", clear_plan_cache, METH_NOARGS, "Forgets every plan."},
+    {"forget_functions", forget_functions, METH_NOARGS,
+     "Forgets every plan and all device code that this process has loaded; plans that are in use keep theirs."},
     {"add_search_path", add_search_path, METH_O, "A folder where libnvrtc may lie."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -186,6 +186,22 @@ def test_tensors_of_another_device_than_the_current_one() -> None:
         layer.to("cuda:0")(x.to("cuda:1"))
 
 
+def test_code_that_was_forgotten_is_loaded_again() -> None:
+    make, shape = SEEDS["S4"]
+    layer, x = make().cuda(), torch.rand(shape, device="cuda", requires_grad=True)
+
+    def step() -> list[torch.Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))]
+
+    before = step()
+    tconv._C.forget_functions()
+    with_its_plans = step()
+    layer(x[:, :, 1:]).sum().backward()  # plans of another size
+    for first, again, last in zip(before, with_its_plans, step()):
+        assert torch.equal(first, again) and torch.equal(first, last)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_more_than_two_to_the_31_elements(layout: torch.memory_format) -> None:
     batch, channels, height, width = 5, 64, 1280, 1344

@@ -241,6 +241,14 @@ def test_arguments_of_the_binding_are_checked() -> None:
     assert _C.geometry_key(2, 1.0, 0, 0, 1, 1) is None and _C.geometry_key(2, True, 0, 0, 1, 1) is None
 
 
+def test_a_layer_outlives_its_plan() -> None:
+    layer, x = tconv.nn.ConvTranspose2d(3, 4, 3, stride=2), torch.rand(1, 3, 5, 6)
+    before = layer(x)
+    _C.forget_functions()
+    assert torch.equal(layer(x), before)  # with the plan that it has
+    torch.testing.assert_close(layer(x[..., :4])[..., :8], before[..., :8])  # with one that is made again
+
+
 def test_a_table_of_ones_own(tmp_path: Path) -> None:
     layer = "2d b8 c64>64 i256x256 t3x3 tf32"
     table = tmp_path / "measured.def"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import itertools
 import json
 import math
 import multiprocessing
@@ -33,14 +32,12 @@ import torch
 from torch import Tensor, nn
 
 import tconv
-from tconv import _C
+from tconv import _C, _core, _fused
 from tconv._bench_sides import CHANNELS_LAST, Case, Clock, CpuClock, CudaClock, Run, captured, interleaved
 from tconv.problems import DTYPES, Shape, named, parse, reduced
 
 Listed = tuple[Shape, str, str, str]  # dtype, layout, direction
 
-# So that processes stay out of each other's way: the compiler takes a thread for each program of a call.
-CORES_PER_COLD_PROCESS = 8
 
 # What one card can reach, in 1e12 units a second: copy (read + write), products (a multiply-add is two) by dtype, TF32
 # for f32.
@@ -378,21 +375,23 @@ Cold = dict[Listed, dict[str, float]]
 def cold_calls(listed: Sequence[Listed], device: torch.device) -> Cold:
     """Milliseconds of first calls with nothing compiled before: forward, gradients, or for a training step both.
 
-    In processes without a disk cache; a process takes all rows of a shape, each of which it meets for the first time.
+    In one process without a disk cache, which has the machine to itself: a call compiles on up to a dozen cores. It
+    forgets all that was compiled before each call.
     """
-    names = list(dict.fromkeys(job[0].name for job in listed))
-    count = max(1, (os.cpu_count() or 1) // CORES_PER_COLD_PROCESS)
-    parts = [[job for job in listed if names.index(job[0].name) % count == i] for i in range(count)]
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), without_caches) as pool:
-        found: Cold = {}
-        for part in pool.map(first_calls, [p for p in parts if p], itertools.repeat(device)):
-            found.update(part)
-    return found
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), without_caches) as pool:
+        return pool.submit(first_calls, listed, device).result()
 
 
 def without_caches() -> None:
     os.environ["TCONV_CACHE_DIR"] = ""
     os.environ["CUDA_CACHE_DISABLE"] = "1"  # the driver's own, which NVRTC uses
+
+
+def forget() -> None:
+    """As in a new process: no layer has been seen, no program compiled."""
+    for table in (_core._forward_entries, _core._backward_entries, _fused._entries, _fused._pointwise_entries):
+        table.clear()
+    _C.forget_functions()
 
 
 def first_calls(listed: Sequence[Listed], device: torch.device) -> Cold:
@@ -414,6 +413,7 @@ def first_calls(listed: Sequence[Listed], device: torch.device) -> Cold:
         shape, dtype, layout, direction = job
         progress(f"bench: first calls [{number + 1}/{len(listed)}] {shape.name} {dtype} {layout} {direction}")
         case = Case(shape, dtype, layout, device)
+        forget()
         milliseconds[job] = times = {}
         if direction == "forward":
             times["forward"] = first(case.forward(case.ours))
@@ -421,8 +421,11 @@ def first_calls(listed: Sequence[Listed], device: torch.device) -> Cold:
         with torch.no_grad():
             grad_output = torch.rand_like(case.ours(case.input))
         if direction == "train":  # keeps more than a forward pass without gradients
+            forget()
             times["forward"] = first(partial(case.ours, case.input))
-        times["gradients"] = first(case.gradients(case.ours, grad_output, whole_step=False))
+        gradients = case.gradients(case.ours, grad_output, whole_step=False)
+        forget()
+        times["gradients"] = first(gradients)
     progress("")
     return milliseconds
 

@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "jit.h"
 #include "libcuda.h"
 
 namespace tconv::cuda {
@@ -194,6 +195,12 @@ std::shared_ptr<const Function> load(const Unit& unit, const Device& device) {
     }
   }
   return future.get();
+}
+
+void forget_functions() {
+  forget_programs();
+  std::lock_guard lock(registry().mutex);
+  registry().functions.clear();
 }
 
 void load_all(std::span<Step* const> steps) {

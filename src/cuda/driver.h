@@ -57,6 +57,9 @@ std::string arch_of(const Device& device);
 // Compiles (or finds) and loads; one shared instance per (unit, device) in the process.
 std::shared_ptr<const Function> load(const Unit& unit, const Device& device);
 
+// What is loaded from now on is compiled or read from the disk cache again, as in a new process; for measurements of that.
+void forget_functions();
+
 // Makes the device's primary context current for its own life; does nothing when it is already, which is the usual case. A
 // thread that has used no CUDA yet (PyTorch's backward threads at first) has none, and tensor maps need one.
 class Current {

@@ -1,4 +1,4 @@
-// jit.h — what tests need of the compiler beyond driver.h.
+// jit.h — what tests and measurements need of the compiler beyond driver.h.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
