@@ -556,10 +556,11 @@ PyObject* device_info(PyObject*, PyObject* argument) {
     put_float(dict, "tf32_tflops", device.tf32_tflops);
     put_float(dict, "f16_tflops", device.f16_tflops);
     put(dict, "isa",
-        device.isa == tconv::Isa::avx512_bf16 ? "avx512_bf16"
-        : device.isa == tconv::Isa::avx512    ? "avx512"
-        : device.isa == tconv::Isa::avx2      ? "avx2"
-                                              : "portable");
+        device.isa == tconv::Isa::avx512_amx    ? "avx512_amx"
+        : device.isa == tconv::Isa::avx512_bf16 ? "avx512_bf16"
+        : device.isa == tconv::Isa::avx512      ? "avx512"
+        : device.isa == tconv::Isa::avx2        ? "avx2"
+                                                : "portable");
     put_int(dict, "cores", device.cores);
     put_int(dict, "compute_capability", device.compute_capability);
     put_int(dict, "multiprocessors", device.multiprocessors);

@@ -9,11 +9,30 @@
 
 #ifdef __linux__
 #include <sched.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 namespace tconv {
 namespace {
+
+#if defined(__x86_64__)
+// Products of bf16 on the matrix unit. Linux gives its registers to a process that has asked for them.
+bool has_amx() {
+#ifdef __linux__
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
+  constexpr int kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Isa detect_isa() {
 #if defined(__x86_64__)
@@ -22,7 +41,10 @@ Isa detect_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512) return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+  if (avx2 && avx512) {
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+    return has_amx() ? Isa::avx512_amx : Isa::avx512_bf16;
+  }
   if (avx2) return Isa::avx2;
 #endif
   return Isa::portable;
@@ -55,6 +77,7 @@ double fp32_tflops_per_core(Isa isa) {
   switch (isa) {
     case Isa::avx512:
     case Isa::avx512_bf16:
+    case Isa::avx512_amx:
       return 0.1;
     case Isa::avx2:
       return 0.05;
@@ -92,6 +115,7 @@ Device cpu_device() {
 }
 
 Device known_device(const std::string& name) {
+  if (name == "cpu_avx512_amx") return make_cpu(name, Isa::avx512_amx, 8);
   if (name == "cpu_avx512_bf16") return make_cpu(name, Isa::avx512_bf16, 8);
   if (name == "cpu_avx512") return make_cpu(name, Isa::avx512, 8);
   if (name == "cpu_avx2") return make_cpu(name, Isa::avx2, 8);
@@ -128,7 +152,8 @@ Device known_device(const std::string& name) {
     return device;
   }
   throw std::invalid_argument(
-      "device must be one of h200 a100 cpu_avx512_bf16 cpu_avx512 cpu_avx2 cpu_portable, got `" + name + "`");
+      "device must be one of h200 a100 cpu_avx512_amx cpu_avx512_bf16 cpu_avx512 cpu_avx2 cpu_portable, got `" + name +
+      "`");
 }
 
 }  // namespace tconv

@@ -10,10 +10,12 @@
 #define KERNEL_avx2(...) __VA_ARGS__
 #define KERNEL_avx512(...) __VA_ARGS__
 #define KERNEL_avx512_bf16(...) __VA_ARGS__
+#define KERNEL_avx512_amx(...) __VA_ARGS__
 #else
 #define KERNEL_avx2(...)
 #define KERNEL_avx512(...)
 #define KERNEL_avx512_bf16(...)
+#define KERNEL_avx512_amx(...)
 #endif
 
 namespace tconv::cpu {

@@ -144,6 +144,36 @@ TEST(SmallCaches, SlabsAndTilesMatchTheReference) {
       }
 }
 
+// Products of matrices take 16 positions by up to 16 pairs of channels by 16 results, two or four times: what is left over
+// in each of these directions, rows that are not a step apart, weights in several parts.
+TEST(Matrices, WhatIsLeftOverMatchesTheReference) {
+  for (const char* text : {
+           "2d c32>16 i5x7 t3x3 bf16 channels_last",
+           "2d b2 c24>40 i9x17 t3x3 s2 p1 bf16 channels_last",
+           "2d c40>16 i40x3 t3x3 bf16 channels_last",
+           "2d b3 g2 c64>160 i4x4 t2x2 s2 bf16 channels_last",
+           "1d c1200>64 i37 t3 s2 bf16 channels_last",
+           "1d c64>1200 i67 t3 bf16 channels_last",
+           "3d c32>48 i3x5x18 t3x3x3 s2 p1 op1 bf16 channels_last",
+           "2d b5 c32>12 i3x3 t3x3 bf16 channels_last",
+           "2d b2 c4>32 i9x20 t1x8 bf16 channels_last",
+           "2d b2 c32>32 i8x16 t2x2 s2 bf16 channels_last",
+           "2d c34>16 i9x9 t3x3 bf16 channels_last",
+           "2d b2 c32>32 i6x35 t3x3 s1x3 p1 d2 bf16 channels_last",
+       })
+    for (const char* chain : {"", "bias gelu"})
+      for (const char* direction : {"", " grad_input"})
+        for (bool non_finite : {false, true}) {
+          if (*chain != '\0' && *direction != '\0') continue;
+          CheckOptions options;
+          options.seed = seed_of_this_run();
+          options.non_finite = non_finite;
+          const Problem problem = parse_problem(std::string(text) + direction);
+          for (const CheckResult& result : check(problem, parse_epilogue(chain), cpu_device(), options))
+            EXPECT_EQ(result.failure, "");
+        }
+}
+
 // A reduced problem keeps what kernels are specialised on.
 TEST(Reduced, KeepsTheLayer) {
   const Problem large = parse_problem("3d b4 g4 c32>32 i32x64x128 t3 s2 p1 op1 bf16 channels_last grad_weight");

@@ -364,7 +364,8 @@ TEST(PlanCache, AHitIsCheap) {
 
 // ---- the registered kernels ----
 
-constexpr const char* kDevices[] = {"h200", "a100", "cpu_avx512_bf16", "cpu_avx512", "cpu_avx2", "cpu_portable"};
+constexpr const char* kDevices[] = {"h200",       "a100",     "cpu_avx512_amx", "cpu_avx512_bf16",
+                                    "cpu_avx512", "cpu_avx2", "cpu_portable"};
 
 std::vector<std::string> problems() {
   std::ifstream file(TCONV_TESTS_DIR "/problems.txt");

@@ -131,7 +131,7 @@ def test_kernels_and_files_match(backend: str) -> None:
         stem = re.sub(r"_sm\d+a?$", "", Path(source).stem)
         assert name == Path(source).stem or name.startswith(stem), f"{name} is not named after {source}"
         if backend == "cpu":
-            assert target in {"portable", "avx2", "avx512", "avx512_bf16"}
+            assert target in {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"}
             assert target == "portable" or name.endswith(f"_{target}"), f"{name} does not end in its target {target}"
 
 

@@ -10,7 +10,8 @@
 namespace tconv {
 
 enum class Backend : std::uint8_t { cpu, cuda };
-enum class Isa : std::uint8_t { portable, avx2, avx512, avx512_bf16 };  // each includes those before it
+// Each includes those before it.
+enum class Isa : std::uint8_t { portable, avx2, avx512, avx512_bf16, avx512_amx };
 
 struct Device {
   Backend backend = Backend::cpu;
@@ -39,8 +40,8 @@ Device cpu_device();               // this machine, detected once
 Device cuda_device(int index);     // throws std::runtime_error: no driver, no such device, driver too old
 int cuda_device_count() noexcept;  // 0 without a driver
 
-// Hand-written devices, for planning without them.
-Device known_device(const std::string& name);  // h200 a100 cpu_avx512_bf16 cpu_avx512 cpu_avx2 cpu_portable
+// Hand-written devices, for planning without them: h200 a100 cpu_avx512_amx cpu_avx512_bf16 cpu_avx512 cpu_avx2 cpu_portable.
+Device known_device(const std::string& name);
 
 }  // namespace tconv
 #pragma GCC visibility pop

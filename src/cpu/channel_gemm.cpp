@@ -10,14 +10,17 @@
 //           a register tile: each has its own offset. For avx512_bf16 a pair of source channels is a word of the tensor
 //           as it is. Depthwise layers have their channels along the vectors of both sides, and an item is a block of
 //           channels.
+//           For avx512_amx the register tile is made of products of matrices (matrix_tiles.h) over the same words.
 //           Taps of few source channels are joined along the columns: channel_gemm.h says how.
 // Refuses   grad_weight, epilogues alone, contiguous tensors; targets above the machine's; f64 mixed with another dtype.
-//           For avx512_bf16 other dtypes, a pre-activation, an odd number of source channels per group of several.
+//           For avx512_bf16 other dtypes, a pre-activation, an odd number of source channels per group of several; for
+//           avx512_amx also runs that are not a whole number of 6 to 16 words.
 // Reads as  channel_rows.h has the register tile, channel_gemm_driver.cpp chooses tiles; here are the loops over one tile.
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/channel_gemm.h"
 
 #include "cpu/channel_rows.h"
+#include "cpu/matrix_tiles.h"
 
 namespace tconv::cpu {
 namespace {
@@ -54,7 +57,7 @@ Buffers<S> carve(const ChannelGemmTask& task, void* scratch) {
     box *= task.source_step[dim] * (task.tile[dim] + task.range[dim]);
   }
   buffers.staged = elements(box * task.pitch);
-  buffers.sums = elements(positions * kMostVectors * kLanes<S>);
+  buffers.sums = elements((positions + (kMatrices ? kMatrixRows : 0)) * kMostVectors * kLanes<S>);
   buffers.line = elements(2 * kMostVectors * kLanes<S>);
   buffers.at = static_cast<S**>(take(positions * static_cast<int64_t>(sizeof(S*))));
   buffers.offset = indices(positions);
@@ -284,6 +287,10 @@ struct Work {
       tile.runs = last - first;
       tile.n = k1 - k0;
       tile.start = begin;
+#if defined(__AMX_BF16__)
+      if constexpr (sizeof(S) == sizeof(float))
+        if (positions >= 16) return product_of_matrices(tile, vectors, positions, results, end);
+#endif
       for (int64_t at = 0; at < positions;) {
         const int64_t left = positions - at;  // the last two tiles share what is left
         const int height = static_cast<int>(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
@@ -305,11 +312,37 @@ struct Work {
       return;
     }
     const int64_t parts = (window_bytes + kWeightBytes - 1) / kWeightBytes;
+    const int64_t unit = kMatrices ? matrix_words(words) : 1, units = words / unit;
     for (int64_t at = 0; at < windows; ++at)
       for (int64_t part = 0; part < parts; ++part)
-        product(at, at + 1, part * words / parts, (part + 1) * words / parts, at + part == 0 ? start : nullptr,
-                at + 1 == windows && part + 1 == parts);
+        product(at, at + 1, part * units / parts * unit, (part + 1) * units / parts * unit,
+                at + part == 0 ? start : nullptr, at + 1 == windows && part + 1 == parts);
   }
+
+#if defined(__AMX_BF16__)
+  // The tile's products for all positions on the matrix unit; rows that fill the last 16 repeat the last position.
+  void product_of_matrices(const ChannelTile<float>& tile, int vectors, int64_t positions, const Results& results,
+                           bool end) {
+    const int64_t width = vectors * kLanes<S>, words = matrix_words(tile.n);
+    const int64_t most = vectors == 1 ? kMatrixRows : kMatrixRows / 2;
+    begin_matrices(MatrixShape(words));
+    for (int64_t at = 0; at < positions; at += most) {
+      const int64_t rows = min_of(most, positions - at), blocks = (rows + 15) / 16;
+      int64_t offset[kMatrixRows];
+      float* to[kMatrixRows];
+      float* sums = buffers.sums + (tile.start && end ? 0 : at * width);
+      for (int64_t i = 0; i < 16 * blocks; ++i) {
+        offset[i] = buffers.offset[at + min_of(i, rows - 1)];
+        to[i] = sums + i * width;
+        if (tile.start) memcpy(to[i], tile.start, static_cast<size_t>(width) * sizeof(float));
+      }
+      matrix_tiles(tile, offset, sums, static_cast<int>(blocks), vectors, width, words);
+      if (end) store_rows(results, to, at, static_cast<int>(rows));
+      if (next && !next->prefetch(rows / 6 * next->ahead_lines)) next = nullptr;
+    }
+    end_matrices();
+  }
+#endif
 
   // The same where a weight is not finite: each position with the taps that lie inside the source.
   void multiply_exactly(const S* weight, int phase, int vectors, const S* start, const Results& results) {

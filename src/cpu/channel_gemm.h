@@ -65,6 +65,13 @@ struct ChannelPackTask {
   const std::int64_t* tap_value;
 };
 
+// For avx512_amx: words of a run in one product of matrices, at most 16. Fewer than six are quicker by vectors; 0 then.
+inline std::int64_t matrix_words(std::int64_t n) {
+  for (std::int64_t words = 16; words >= 6; --words)
+    if (n % words == 0) return words;
+  return 0;
+}
+
 // Blocks of at most `most` vectors that pass through the registers together.
 inline std::int64_t channel_blocks(std::int64_t vectors, std::int64_t most) { return (vectors + most - 1) / most; }
 

@@ -24,10 +24,14 @@ struct Tiling {
   std::vector<int> phase_taps, phase_window;
   std::vector<std::int64_t> tap_source, tap_value, phase_words, phase_first;
   std::int64_t lanes = 1, most_vectors = 1;
+  bool matrices = true;  // every run consists of whole products of matrices
   double critical_cycles = 0;
 };
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// The matrix unit takes 16 cycles for a product; the rest are loads.
+constexpr double kMatrixCycles = 30;
 
 // More words of a position than this are a run of their own that is long enough.
 constexpr std::int64_t kFewWords = 8;
@@ -68,7 +72,7 @@ double channel_cycles(double positions, std::int64_t vectors, std::int64_t most_
   return cycles;
 }
 
-void choose_tile(ChannelGemmTask& task, double element_bytes, double l2_bytes, int cores) {
+void choose_tile(ChannelGemmTask& task, double element_bytes, double l2_bytes, int cores, bool whole_products) {
   std::int64_t grid[3];
   for (int dim = 0; dim < 3; ++dim) grid[dim] = std::max<std::int64_t>(1, task.grid[dim]);
   const std::int64_t batch = std::max<std::int64_t>(1, task.batch);
@@ -84,8 +88,13 @@ void choose_tile(ChannelGemmTask& task, double element_bytes, double l2_bytes, i
            items >= 6 * cores;
   };
   task.samples = task.tile[0] = task.tile[1] = 1;
-  task.tile[2] = even_piece(grid[2], 64);
-  while (task.tile[2] > 12 && !fits()) task.tile[2] = even_piece(grid[2], task.tile[2] - 1);
+  // On the matrix unit, rows of whole products: 16 positions that are a step apart are read where they are.
+  const auto piece = [&](std::int64_t most) {
+    const std::int64_t even = even_piece(grid[2], most);
+    return whole_products && even >= 16 ? std::min(grid[2], ceil_div(even, 16) * 16) : even;
+  };
+  task.tile[2] = piece(64);
+  while (task.tile[2] > 12 && !fits()) task.tile[2] = std::min(piece(task.tile[2] - 1), task.tile[2] - 1);
   auto grow = [&](std::int64_t* extent, std::int64_t whole) {
     std::int64_t best = *extent;
     for (std::int64_t pieces = whole; pieces >= 1;
@@ -111,11 +120,11 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   task.dtype = problem.dtype;
   task.batch = problem.batch;
   task.groups = problem.groups;
-  const std::int64_t unit = target == Isa::avx512_bf16 ? 2 : 1;  // values of a word
+  const std::int64_t unit = target >= Isa::avx512_bf16 ? 2 : 1;  // values of a word
   task.k = (forward ? problem.in_channels : problem.out_channels) / problem.groups;
   task.m = (forward ? problem.out_channels : problem.in_channels) / problem.groups;
   task.source_channels = task.groups * task.k;
-  task.rows = target == Isa::avx512_bf16 ? (task.k + 1) / 2 : task.k;
+  task.rows = target >= Isa::avx512_bf16 ? (task.k + 1) / 2 : task.k;
   task.depthwise = task.k == 1 && task.m == 1 && task.groups > 1;
   if (task.depthwise) std::swap(task.groups, task.m);
   tiling->lanes = (target >= Isa::avx512 ? 64 : target >= Isa::avx2 ? 32 : 16) / element;
@@ -139,7 +148,7 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   }
   // Words as they are: not those of values that are converted, nor a few of a position's many.
   const bool words =
-      target == Isa::avx512_bf16 ? task.k % 2 == 0 : element == static_cast<std::int64_t>(size_of(problem.dtype));
+      target >= Isa::avx512_bf16 ? task.k % 2 == 0 : element == static_cast<std::int64_t>(size_of(problem.dtype));
   task.direct = words && !task.depthwise && task.rows >= tiling->lanes;
   for (int dim = 0; dim < 3; ++dim)
     for (const DimTap& tap : taps[dim]) {
@@ -151,7 +160,7 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
     auto column = [&](const DimTap& tap) { return task.source_step[2] * tap.shift + tap.source_phase; };
     return a.result_phase != b.result_phase ? a.result_phase < b.result_phase : column(a) < column(b);
   });
-  const bool odd = target == Isa::avx512_bf16 && task.k % 2 != 0, joined = are_windows(taps[2], task.source_step[2]);
+  const bool odd = target >= Isa::avx512_bf16 && task.k % 2 != 0, joined = are_windows(taps[2], task.source_step[2]);
   task.windows = odd || (joined && !task.depthwise && task.rows <= kFewWords && task.pitch == task.rows);
   task.word_step = odd ? 2 : 1;
   if (task.windows && task.groups > 1) task.direct = false;  // in the tensor other groups lie between a window's words
@@ -165,7 +174,8 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   task.m_chunks = task.m == 0 ? 0 : ceil_div(blocks, task.m_chunk);
   const int cores = std::max(1, device.cores);
   if (task.m > 0) {
-    choose_tile(task, static_cast<double>(element), static_cast<double>(device.l2_bytes), cores);
+    choose_tile(task, static_cast<double>(element), static_cast<double>(device.l2_bytes), cores,
+                target == Isa::avx512_amx);
     auto items = [&] {
       std::int64_t count = ceil_div(task.batch, task.samples) * task.groups * task.m_chunks;
       for (int dim = 0; dim < 3; ++dim) count *= ceil_div(task.grid[dim], task.tile[dim]);
@@ -204,7 +214,7 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   items *= static_cast<double>(task.tiles[0]);
 
   tiling->tap_value.resize(static_cast<std::size_t>(task.num_taps));
-  double runs = 0;
+  double runs = 0, products = 0;
   for (std::int64_t rd = 0; rd < task.result_step[0]; ++rd)
     for (std::int64_t rh = 0; rh < task.result_step[1]; ++rh)
       for (std::int64_t rw = 0; rw < task.result_step[2]; ++rw) {
@@ -217,6 +227,8 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
         tiling->phase_window.push_back(static_cast<int>(window));
         tiling->phase_words.push_back(words);
         tiling->phase_first.push_back(first);
+        const std::int64_t piece = matrix_words(words);
+        tiling->matrices = tiling->matrices && (of_phase == 0 || piece > 0);
         for (const DimTap& td : taps[0])
           for (const DimTap& th : taps[1])
             for (const DimTap& tw : taps[2]) {
@@ -225,7 +237,10 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
                   static_cast<std::size_t>((td.tap * problem.kernel[1] + th.tap) * problem.kernel[2] + tw.tap);
               const std::int64_t slot = static_cast<std::int64_t>(tiling->tap_source.size() / 3 - first_tap);
               tiling->tap_value[tap] = (first + slot / window * words) * unit + slot % window * task.k;
-              if (slot % window == 0) task.words += words, runs += 1;
+              if (slot % window == 0) {
+                task.words += words, runs += 1;
+                if (piece > 0) products += static_cast<double>(words / piece);
+              }
               const DimTap* of[3] = {&td, &th, &tw};
               for (int dim = 0; dim < 3; ++dim)
                 tiling->tap_source.push_back(task.source_step[dim] * (of[dim]->shift - task.first_shift[dim]) +
@@ -245,8 +260,11 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   // Rows of few channels of a single group are staged by whole vectors.
   const bool dense = odd || (task.groups == 1 && task.rows == task.k && task.pitch < tiling->lanes);
   const double stage = box * static_cast<double>(task.pitch) / lanes * (dense ? 6 : 4) + box * (dense ? 0 : 4);
-  const double multiply =
+  double multiply =
       channel_cycles(positions, task.vectors, tiling->most_vectors) * share * static_cast<double>(task.words) * 1.08;
+  if (target == Isa::avx512_amx && positions >= 16) {  // 16 positions by one vector are a product
+    multiply = std::ceil(positions / 16) * static_cast<double>(task.vectors) * share * products * kMatrixCycles;
+  }
   // 8 cycles before each run: 40 % of the time of a tap of one channel, 2 % of one of 64.
   const double setup = positions / 6 * static_cast<double>(task.m_chunk) * runs * 8;
   const double calls = positions / 6 * phases * static_cast<double>(task.m_chunk) * 25;
@@ -283,6 +301,10 @@ Fit fit_channel_gemm(const Problem& problem, const Epilogue& epilogue, const Dev
   fit.fused_ops = norm < 0 ? static_cast<int>(epilogue.ops.size()) : norm;
   fit.fused_pre = true;
   const std::shared_ptr<Tiling> tiling = make_tiling(problem, device, target);
+  if (target == Isa::avx512_amx && (tiling->task.depthwise || tiling->task.word_step != 1 || !tiling->matrices)) {
+    fit.refusal = "runs that are not whole products of 6 to 16 pairs of channels";
+    return fit;
+  }
   fit.workspace_bytes = workspace_bytes(problem, epilogue, *tiling);
   const double flops_per_cycle = device.isa >= Isa::avx512 ? 64 : device.isa >= Isa::avx2 ? 32 : 16;
   const double cycles_per_us = std::max(500.0, device.fp32_tflops * 1e6 / device.cores / flops_per_cycle);

@@ -396,7 +396,7 @@ Fit refuse_gemm(const Problem& problem, const Epilogue& epilogue, const Device& 
     fit.refusal = "f64 cannot be mixed with another dtype";
     return fit;
   }
-  if (target == Isa::avx512_bf16) {
+  if (target >= Isa::avx512_bf16) {
     // Products of pairs of bf16: two source channels at a time, whose values must still be those of the tensor.
     const bool forward = problem.direction == Direction::forward;
     const std::int64_t k = (forward ? problem.in_channels : problem.out_channels) / problem.groups;
