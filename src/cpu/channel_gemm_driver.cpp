@@ -30,9 +30,6 @@ struct Tiling {
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// The matrix unit takes 16 cycles for a product; the rest are loads.
-constexpr double kMatrixCycles = 30;
-
 // More words of a position than this are a run of their own that is long enough.
 constexpr std::int64_t kFewWords = 8;
 
@@ -260,14 +257,14 @@ std::shared_ptr<Tiling> make_tiling(const Problem& problem, const Device& device
   // Rows of few channels of a single group are staged by whole vectors.
   const bool dense = odd || (task.groups == 1 && task.rows == task.k && task.pitch < tiling->lanes);
   const double stage = box * static_cast<double>(task.pitch) / lanes * (dense ? 6 : 4) + box * (dense ? 0 : 4);
-  double multiply =
-      channel_cycles(positions, task.vectors, tiling->most_vectors) * share * static_cast<double>(task.words) * 1.08;
-  if (target == Isa::avx512_amx && positions >= 16) {  // 16 positions by one vector are a product
-    multiply = std::ceil(positions / 16) * static_cast<double>(task.vectors) * share * products * kMatrixCycles;
+  double rows = 6, multiply = channel_cycles(positions, task.vectors, tiling->most_vectors) * share *
+                              static_cast<double>(task.words) * 1.08;
+  if (target == Isa::avx512_amx && positions >= 16) {  // 16 positions by one vector are a product of 16 cycles
+    rows = 16, multiply = std::ceil(positions / 16) * static_cast<double>(task.vectors) * share * products * 16;
   }
   // 8 cycles before each run: 40 % of the time of a tap of one channel, 2 % of one of 64.
-  const double setup = positions / 6 * static_cast<double>(task.m_chunk) * runs * 8;
-  const double calls = positions / 6 * phases * static_cast<double>(task.m_chunk) * 25;
+  const double setup = positions / rows * static_cast<double>(task.m_chunk) * runs * 8;
+  const double calls = positions / rows * phases * static_cast<double>(task.m_chunk) * 25;
   const double store = positions * phases * static_cast<double>(task.vectors) * share * 8 + positions * phases * 10;
   const double sums = positions * static_cast<double>(task.vectors) * share *
                       std::max(phases, static_cast<double>(task.words) / 80) * 2;
