@@ -45,8 +45,8 @@ A problem reads `2d b8 c64>64 i32x64 t3x3 s2 p1 op1 d1 g1 f32 channels_last grad
 options
   --problems FILE    one problem a line, after those on the command line; # starts a comment
   --device NAME      cpu, cuda, cuda:1 (this machine), or for plan and compile one of h200 a100 cpu_avx512_amx
-                     cpu_avx512_bf16
-                     cpu_avx512 cpu_avx2 cpu_portable. Default: cpu; check also runs on cuda when there is one
+                     cpu_avx512_bf16 cpu_avx512 cpu_avx2 cpu_portable. Default: cpu; check also runs on cuda when
+                     there is one
   --only NAME        a kernel, or kernel:config; some configs take a tile of positions and stages of
                      weights, in this order: kernel:config,t2x64,b4
   --arch ARCH        compile: sm_80, sm_90a ... Default: that of the device

@@ -642,8 +642,7 @@ PyMethodDef methods[] = {
     {"plans", plans, METH_O,
      "plans(list of (direction, rank, batch, groups, in_channels, out_channels, input, kernel, stride, padding, "
      "output_padding, dilation, dtype, layout, precision, device, epilogue, save, operand_dtype, output_dtype, only)) "
-     "-> "
-     "list of Plan; what they have to compile is compiled at the same time"},
+     "-> list of Plan; what they have to compile is compiled at the same time"},
     {"plan_string", as_method(plan_string), METH_FASTCALL, "plan_string(problem, device, only) -> Plan"},
     {"parse_problem", parse_problem, METH_O, "parse_problem(text) -> dict"},
     {"run", as_method(run), METH_FASTCALL,
