@@ -606,14 +606,6 @@ PyObject* operations(PyObject*, PyObject*) {
   });
 }
 
-PyObject* clear_plan_cache(PyObject*, PyObject*) {
-  return guarded(PyExc_RuntimeError, []() -> PyObject* {
-    tconv::clear_plan_cache();
-    Py_INCREF(Py_None);
-    return Py_None;
-  });
-}
-
 PyObject* forget_functions(PyObject*, PyObject*) {
   return guarded(PyExc_RuntimeError, []() -> PyObject* {
     tconv::clear_plan_cache();
@@ -654,7 +646,6 @@ PyMethodDef methods[] = {
      "How many CUDA devices the driver shows; 0 without a driver."},
     {"kernel_names", kernel_names, METH_O, "kernel_names('cpu' or 'cuda') -> list of names, in the registry's order"},
     {"operations", operations, METH_NOARGS, "The operations of a fused chain, one dictionary each."},
-    {"clear_plan_cache", clear_plan_cache, METH_NOARGS, "Forgets every plan."},
     {"forget_functions", forget_functions, METH_NOARGS,
      "Forgets every plan and all device code that this process has loaded; plans that are in use keep theirs."},
     {"add_search_path", add_search_path, METH_O, "A folder where libnvrtc may lie."},

@@ -505,9 +505,10 @@ Plan make_plan(const Problem& problem, const Epilogue& epilogue, const Device& d
 
 std::shared_ptr<const Plan> plan(const Problem& problem, const Epilogue& epilogue, const Device& device,
                                  std::string_view only) {
+  const std::size_t key = key_of(problem, epilogue, device, only);
   {
     std::shared_lock lock(cache().mutex);
-    if (auto found = find(key_of(problem, epilogue, device, only), problem, epilogue, device, only)) return found;
+    if (auto found = find(key, problem, epilogue, device, only)) return found;
   }
   const PlanRequest request{problem, epilogue, device, std::string(only)};
   return plans({&request, 1})[0];
@@ -520,12 +521,13 @@ std::vector<std::shared_ptr<const Plan>> plans(std::span<const PlanRequest> requ
     const PlanRequest& r = requests[i];
     made[i] = std::make_shared<Plan>(make_plan(r.problem, r.epilogue, r.device, r.only, kernels(r.device.backend)));
   };
-  std::vector<std::size_t> missing;
+  std::vector<std::size_t> keys, missing;
+  for (const PlanRequest& r : requests) keys.push_back(key_of(r.problem, r.epilogue, r.device, r.only));
   {
     std::shared_lock lock(cache().mutex);
     for (std::size_t i = 0; i < requests.size(); ++i) {
       const PlanRequest& r = requests[i];
-      result[i] = find(key_of(r.problem, r.epilogue, r.device, r.only), r.problem, r.epilogue, r.device, r.only);
+      result[i] = find(keys[i], r.problem, r.epilogue, r.device, r.only);
       if (!result[i]) missing.push_back(i);
     }
   }
@@ -547,12 +549,11 @@ std::vector<std::shared_ptr<const Plan>> plans(std::span<const PlanRequest> requ
   std::unique_lock lock(cache().mutex);
   for (const std::size_t i : missing) {
     const PlanRequest& r = requests[i];
-    const std::size_t key = key_of(r.problem, r.epilogue, r.device, r.only);
-    result[i] = find(key, r.problem, r.epilogue, r.device, r.only);
+    result[i] = find(keys[i], r.problem, r.epilogue, r.device, r.only);
     if (result[i]) continue;
     // Callers with ever-changing sizes must not grow the cache without bound; running plans keep themselves alive.
     if (cache().entries.size() >= kMaxCachedPlans) cache().entries.clear();
-    cache().entries.emplace(key, Entry{r.only, made[i]});
+    cache().entries.emplace(keys[i], Entry{r.only, made[i]});
     result[i] = made[i];
   }
   return result;

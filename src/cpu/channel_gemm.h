@@ -65,7 +65,7 @@ struct ChannelPackTask {
   const std::int64_t* tap_value;
 };
 
-// For avx512_amx: words of a run in one product of matrices, at most 16. Fewer than six are quicker by vectors; 0 then.
+// For avx512_amx: words of a run in one product of matrices, at most 16. With fewer than six most of it would be empty; 0 then.
 inline std::int64_t matrix_words(std::int64_t n) {
   for (std::int64_t words = 16; words >= 6; --words)
     if (n % words == 0) return words;

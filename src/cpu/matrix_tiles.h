@@ -1,8 +1,9 @@
 // matrix_tiles.h — products of pairs of bf16 on the matrix unit (AMX); for files that are compiled for avx512_amx.
 //
 // A product adds [16 positions][words] times [words][16 result channels] to [16 positions][16 result channels], a word being
-// a pair of source channels. Both factors lie in memory as channel_gemm has them anyway. The unit needs 16 cycles for one
-// and its sums 52, so four sums are kept: two times 16 positions by two vectors of result channels, or four times 16 by one.
+// a pair of source channels. Both factors lie in memory as channel_gemm has them anyway. By Intel's manual the unit takes
+// one every 16 cycles and its sums are ready after 52, so four sums are kept: two times 16 positions by two vectors of
+// result channels, or four times 16 by one.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
